@@ -1,0 +1,128 @@
+#include "storage.hpp"
+
+#include <algorithm>
+#include <bit>
+
+namespace qcowcache {
+
+namespace {
+
+/// nbdkit itself writes the zeros where a plugin cannot, and gets large requests wrong.
+constexpr std::uint64_t largest_zero = 32 * 1024 * 1024;
+/// nbdkit's count is 32 bits wide; a round number below that keeps pieces aligned.
+constexpr std::uint64_t largest_request = std::uint64_t{1} << 31U;
+
+/// The first piece of `range` that is no larger than `most`, cut on a multiple of `alignment`.
+ByteRange first_piece(const ByteRange& range, std::uint64_t most, std::uint64_t alignment) {
+  if (range.size() <= most)
+    return range;
+  const std::uint64_t cut = align_down(range.begin + most, alignment);
+  return {range.begin, cut > range.begin ? cut : range.begin + most};
+}
+
+std::uint64_t most_for(const Capabilities& capabilities, std::uint64_t limit) {
+  return std::min<std::uint64_t>(capabilities.maximum, limit);
+}
+
+} // namespace
+
+std::uint64_t Capabilities::write_alignment() const noexcept {
+  const std::uint64_t within_maximum = std::bit_floor(std::uint64_t{maximum});
+  return std::max<std::uint64_t>(minimum, std::min<std::uint64_t>(4096, within_maximum));
+}
+
+bool Storage::piece_needs_fua(bool fua, const ByteRange& range, std::uint64_t end) const noexcept {
+  const Fua how = capabilities().fua;
+  return fua && (how == Fua::native || (how == Fua::emulate && end == range.end));
+}
+
+void Storage::read(std::uint64_t offset, std::span<std::byte> data) {
+  const std::uint64_t most = most_for(capabilities(), largest_request);
+  ByteRange rest{offset, offset + data.size()};
+  while (!rest.empty()) {
+    const ByteRange piece = first_piece(rest, most, capabilities().write_alignment());
+    do_read(piece.begin, data.subspan(piece.begin - offset, piece.size()));
+    rest.begin = piece.end;
+  }
+}
+
+void Storage::write(std::uint64_t offset, std::span<const std::byte> data, bool fua) {
+  const std::uint64_t most = most_for(capabilities(), largest_request);
+  const ByteRange range{offset, offset + data.size()};
+  ByteRange rest = range;
+  while (!rest.empty()) {
+    const ByteRange piece = first_piece(rest, most, capabilities().write_alignment());
+    do_write(piece.begin, data.subspan(piece.begin - offset, piece.size()),
+             piece_needs_fua(fua, range, piece.end));
+    rest.begin = piece.end;
+  }
+  if (fua && capabilities().fua == Fua::none)
+    flush();
+}
+
+void Storage::flush() {
+  if (capabilities().can_flush)
+    do_flush();
+}
+
+void Storage::zero(const ByteRange& range, const ZeroOptions& options) {
+  const std::uint64_t most = most_for(capabilities(), largest_zero);
+  ByteRange rest = range;
+  while (!rest.empty()) {
+    const ByteRange piece = first_piece(rest, most, capabilities().write_alignment());
+    ZeroOptions piece_options = options;
+    piece_options.fua = piece_needs_fua(options.fua, range, piece.end);
+    do_zero(piece, piece_options);
+    rest.begin = piece.end;
+  }
+  if (options.fua && capabilities().fua == Fua::none)
+    flush();
+}
+
+void Storage::trim(const ByteRange& range, bool fua) {
+  const std::uint64_t most = most_for(capabilities(), largest_zero);
+  ByteRange rest = range;
+  while (!rest.empty()) {
+    const ByteRange piece = first_piece(rest, most, capabilities().write_alignment());
+    do_trim(piece, piece_needs_fua(fua, range, piece.end));
+    rest.begin = piece.end;
+  }
+  if (fua && capabilities().fua == Fua::none)
+    flush();
+}
+
+void Storage::cache(const ByteRange& range) {
+  const std::uint64_t most = most_for(capabilities(), largest_request);
+  ByteRange rest = range;
+  while (!rest.empty()) {
+    const ByteRange piece = first_piece(rest, most, capabilities().write_alignment());
+    do_cache(piece);
+    rest.begin = piece.end;
+  }
+}
+
+std::uint64_t Storage::pieces(const ByteRange& range) const noexcept {
+  const std::uint64_t most = most_for(capabilities(), largest_zero);
+  ByteRange rest = range;
+  std::uint64_t count = 0;
+  while (!rest.empty()) {
+    rest.begin = first_piece(rest, most, capabilities().write_alignment()).end;
+    ++count;
+  }
+  return count;
+}
+
+Storage::Extents Storage::extents(const ByteRange& range, bool only_first) {
+  const std::uint64_t most = most_for(capabilities(), largest_request);
+  const ByteRange piece = first_piece(range, most, capabilities().write_alignment());
+  Extents found = do_extents(piece, only_first);
+  // Storage may speak of more than it was asked about.
+  for (Extent& extent : found)
+    extent.range = extent.range.intersection(range);
+  found.erase(std::remove_if(found.begin(), found.end(),
+                             [](const Extent& extent) { return extent.range.empty(); }),
+              found.end());
+  return found;
+}
+
+} // namespace qcowcache
