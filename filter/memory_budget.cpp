@@ -1,0 +1,118 @@
+#include "memory_budget.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <utility>
+
+namespace qcowcache {
+
+namespace {
+constexpr std::size_t page_size = 4096;
+}
+
+void MemoryBudget::Buffer::Release::operator()(std::byte* memory) const noexcept {
+  ::operator delete[](memory, std::align_val_t{page_size});
+}
+
+MemoryBudget::Buffer::Buffer(Buffer&& other) noexcept
+    : budget_(std::exchange(other.budget_, nullptr)), memory_(std::move(other.memory_)),
+      size_(other.size_), extra_(other.extra_) {}
+
+MemoryBudget::Buffer::~Buffer() {
+  if (budget_ != nullptr)
+    budget_->give_back(std::move(memory_), size_, extra_);
+}
+
+std::size_t MemoryBudget::limit() const {
+  const std::lock_guard lock(mutex_);
+  return limit_;
+}
+
+std::size_t MemoryBudget::used() const {
+  const std::lock_guard lock(mutex_);
+  return used_;
+}
+
+bool MemoryBudget::allows_two(std::size_t size, std::size_t extra) const {
+  return limit() / 2 >= size + extra;
+}
+
+std::shared_ptr<MemoryBudget::Buffer> MemoryBudget::try_take(std::size_t size, std::size_t extra) {
+  Buffer::Memory memory;
+  {
+    const std::lock_guard lock(mutex_);
+    if (used_ + size + extra > limit_)
+      return nullptr;
+    used_ += size + extra;
+    const auto kept = kept_by_size_.find(size);
+    if (kept != kept_by_size_.end() && !kept->second.empty()) {
+      memory = std::move(kept->second.back());
+      kept->second.pop_back();
+      kept_ -= size;
+    }
+    drop_kept_until(limit_);
+  }
+  if (!memory) {
+    try {
+      memory.reset(static_cast<std::byte*>(::operator new[](size, std::align_val_t{page_size})));
+    } catch (const std::bad_alloc&) {
+      const std::lock_guard lock(mutex_);
+      used_ -= size + extra;
+      throw;
+    }
+  }
+  // From here on the Buffer's destructor gives the charge back, whatever throws.
+  Buffer buffer(*this, std::move(memory), size, extra);
+  return std::make_shared<Buffer>(std::move(buffer));
+}
+
+void MemoryBudget::give_back(Buffer::Memory memory, std::size_t size, std::size_t extra) noexcept {
+  const std::lock_guard lock(mutex_);
+  used_ -= size + extra;
+  if (used_ + kept_ + size > limit_)
+    return;
+  try {
+    kept_by_size_[size].push_back(std::move(memory));
+    kept_ += size;
+  } catch (const std::bad_alloc&) {
+    // Not kept, but freed: nothing depends on its being kept.
+  }
+}
+
+void MemoryBudget::drop_kept_until(std::size_t wanted) noexcept {
+  for (auto& [size, kept] : kept_by_size_) {
+    while (used_ + kept_ > wanted && !kept.empty()) {
+      kept.pop_back();
+      kept_ -= size;
+    }
+  }
+}
+
+void MemoryBudget::add_holder(const std::shared_ptr<Holder>& holder) {
+  const std::lock_guard lock(mutex_);
+  std::erase_if(holders_, [](const std::weak_ptr<Holder>& known) { return known.expired(); });
+  holders_.push_back(holder);
+}
+
+bool MemoryBudget::reclaim(std::size_t bytes) {
+  std::vector<std::shared_ptr<Holder>> holders;
+  {
+    const std::lock_guard lock(mutex_);
+    holders.reserve(holders_.size());
+    for (const std::weak_ptr<Holder>& known : holders_) {
+      if (std::shared_ptr<Holder> holder = known.lock())
+        holders.push_back(std::move(holder));
+    }
+    if (!holders_.empty()) // the next one that needs memory begins with another holder
+      std::rotate(holders_.begin(), holders_.begin() + 1, holders_.end());
+  }
+  std::size_t given = 0;
+  for (const std::shared_ptr<Holder>& holder : holders) {
+    if (given < bytes)
+      given += holder->release_clean(bytes - given);
+  }
+  return given > 0;
+}
+
+} // namespace qcowcache

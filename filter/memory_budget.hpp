@@ -1,0 +1,101 @@
+#pragma once
+
+#include <cstddef>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <vector>
+
+namespace qcowcache {
+
+/// How much memory all caches of the server may use together, and the page-aligned buffers that are
+/// handed out of it.
+///
+/// Buffers that come back are kept for the next taker: a fresh buffer costs page faults. Kept ones
+/// count towards the limit, so that the process stays within it whatever the order of sizes.
+///
+/// Thread safe. A leaf: never calls out while it holds its mutex, so it may be called under a
+/// cache's.
+class MemoryBudget {
+public:
+  /// `size` bytes that begin on a page; what it was charged goes back to the budget on destruction.
+  /// Must not outlive its MemoryBudget.
+  class Buffer {
+  public:
+    Buffer(Buffer&& other) noexcept;
+    Buffer& operator=(Buffer&&) = delete;
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    ~Buffer();
+
+    [[nodiscard]] std::span<std::byte> bytes() const noexcept { return {memory_.get(), size_}; }
+
+  private:
+    friend class MemoryBudget;
+    struct Release {
+      void operator()(std::byte* memory) const noexcept;
+    };
+    using Memory = std::unique_ptr<std::byte[], Release>;
+
+    Buffer(MemoryBudget& budget, Memory memory, std::size_t size, std::size_t extra) noexcept
+        : budget_(&budget), memory_(std::move(memory)), size_(size), extra_(extra) {}
+
+    MemoryBudget* budget_;
+    Memory memory_;
+    std::size_t size_;
+    std::size_t extra_;
+  };
+
+  /// Somebody who holds memory that can be given back without writing anything.
+  class Holder {
+  public:
+    virtual ~Holder() = default;
+    /// Gives back up to about `bytes` bytes of clean data, longest unused first.
+    /// Returns how many. Thread safe; called without any mutex held.
+    virtual std::size_t release_clean(std::size_t bytes) = 0;
+
+  protected:
+    Holder() = default;
+    Holder(const Holder&) = default;
+    Holder& operator=(const Holder&) = default;
+  };
+
+  /// `limit` in bytes.
+  explicit MemoryBudget(std::size_t limit) noexcept : limit_(limit) {}
+  MemoryBudget(const MemoryBudget&) = delete;
+  MemoryBudget& operator=(const MemoryBudget&) = delete;
+  ~MemoryBudget() = default;
+
+  [[nodiscard]] std::size_t limit() const;
+  /// Bytes handed out now; buffers kept for later do not count.
+  [[nodiscard]] std::size_t used() const;
+
+  /// Whether two buffers of `size` plus `extra` bytes can ever be had; with less nothing is cached.
+  [[nodiscard]] bool allows_two(std::size_t size, std::size_t extra) const;
+
+  /// A buffer of `size` bytes, a multiple of the page size, whose content is undefined. `extra`
+  /// bytes of bookkeeping are charged with it. nullptr when the limit does not allow it now. Throws
+  /// std::bad_alloc when the system has no memory.
+  std::shared_ptr<Buffer> try_take(std::size_t size, std::size_t extra);
+
+  /// Holders are asked for clean memory by `reclaim`. They are held weakly.
+  void add_holder(const std::shared_ptr<Holder>& holder);
+
+  /// Asks the holders, in turn, to give back `bytes` bytes. Returns whether anything was given.
+  /// REQUIRES: the caller holds no mutex.
+  bool reclaim(std::size_t bytes);
+
+private:
+  void give_back(Buffer::Memory memory, std::size_t size, std::size_t extra) noexcept;
+  void drop_kept_until(std::size_t wanted) noexcept;
+
+  mutable std::mutex mutex_;
+  std::size_t limit_;
+  std::size_t used_ = 0;
+  std::size_t kept_ = 0;
+  std::map<std::size_t, std::vector<Buffer::Memory>> kept_by_size_;
+  std::vector<std::weak_ptr<Holder>> holders_;
+};
+
+} // namespace qcowcache
