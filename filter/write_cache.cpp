@@ -1,0 +1,729 @@
+#include "write_cache.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <new>
+#include <utility>
+#include <vector>
+
+namespace qcowcache {
+
+namespace {
+
+/// Gaps that a client's read has to fetch from storage are fetched together when they are no
+/// farther apart than this: a longer read is cheaper than another request.
+constexpr std::uint64_t worth_reading_over = 64 * 1024;
+/// Memory for what a request reads or completes beside the client's own buffer, at most.
+constexpr std::uint64_t largest_bounce = 1024 * 1024;
+
+std::uint64_t unit_size_for(std::uint64_t cluster_size, std::uint64_t preferred) {
+  return std::bit_ceil(std::max({cluster_size, WriteCache::least_unit_size, preferred}));
+}
+
+} // namespace
+
+WriteCache::WriteCache(Settings settings, const Capabilities& capabilities, RangeLock& ranges,
+                       MemoryBudget& budget)
+    : settings_(std::move(settings)),
+      preferred_(std::min<std::uint64_t>(capabilities.preferred, settings_.max_write)),
+      ranges_(ranges), budget_(budget), size_(capabilities.size),
+      unit_size_(unit_size_for(settings_.cluster_size.value_or(0), preferred_)),
+      wanted_unit_size_(unit_size_), has_layout_(settings_.cluster_size.has_value()) {}
+
+WriteCache::~WriteCache() = default;
+
+// ---- Looking up
+
+WriteCache::Units::iterator WriteCache::first_overlapping(const Lock& /*lock*/,
+                                                          const ByteRange& range) {
+  auto it = units_.upper_bound(range.begin);
+  if (it != units_.begin() && std::prev(it)->second.range().end > range.begin)
+    --it;
+  return it;
+}
+
+template <typename Function>
+void WriteCache::for_each_unit(const Lock& lock, const ByteRange& range, Function function) {
+  auto it = first_overlapping(lock, range);
+  while (it != units_.end() && it->first < range.end) {
+    Unit& unit = it->second;
+    ++it; // `function` may drop the unit
+    function(unit);
+  }
+}
+
+bool WriteCache::caching(const Lock& /*lock*/) const {
+  return has_layout_ && !stopped_ && budget_.allows_two(unit_size_, bookkeeping());
+}
+
+bool WriteCache::caching() const {
+  const Lock lock(mutex_);
+  return caching(lock);
+}
+
+std::uint64_t WriteCache::unit_size() const {
+  const Lock lock(mutex_);
+  return unit_size_;
+}
+
+std::size_t WriteCache::most_fragments() const noexcept {
+  // More than the blocks of a unit that can be known with gaps between them.
+  return 24 + unit_size_ / 8192;
+}
+
+std::size_t WriteCache::bookkeeping() const noexcept {
+  // Four sets of ranges, with room to grow by a little over a half.
+  return sizeof(Unit) + 128 + most_fragments() * sizeof(ByteRange) * 4 * 8 / 5;
+}
+
+std::shared_ptr<Unit::Buffer> WriteCache::take_buffer(const Lock& /*lock*/) {
+  return budget_.try_take(unit_size_, bookkeeping());
+}
+
+Unit& WriteCache::add_unit(const Lock& /*lock*/, std::uint64_t begin,
+                           std::shared_ptr<Unit::Buffer> buffer) {
+  Unit& unit = units_
+                   .try_emplace(begin, ByteRange{begin, begin + unit_size_}, std::move(buffer),
+                                most_fragments())
+                   .first->second;
+  clean_.push_back(unit);
+  return unit;
+}
+
+// ---- The state of a unit
+
+void WriteCache::enqueue(const Lock& /*lock*/, Unit& unit) {
+  if (unit.turn != Unit::Turn::none || unit.dirty().empty())
+    return;
+  unit.turn = Unit::Turn::queued;
+  queue_.push_back(unit);
+  if (settings_.wake_writer)
+    settings_.wake_writer();
+}
+
+/// Puts a unit, after something about it has changed, where it belongs.
+void WriteCache::settle(const Lock& lock, Unit& unit) {
+  if (!unit.clean() || unit.turn == Unit::Turn::claimed)
+    return;
+  unit.queue_hook.unlink();
+  unit.turn = Unit::Turn::none;
+  unit.was_refused = false;
+  progress_.notify_all();
+  if (unit.fragmented()) {
+    unit.forget(unit.range());
+    unit.begin_anew();
+  }
+  unit.hook.unlink();
+  const bool worthless =
+      unit.known().empty() || wanted_unit_size_ != unit_size_ || !has_layout_ || stopped_;
+  if (worthless)
+    drop(lock, unit);
+  else
+    clean_.push_back(unit);
+}
+
+void WriteCache::note_completed(const Lock& lock) {
+  ++units_completed_;
+  for (auto it = unclean_.begin(); it != unclean_.end(); ++it) {
+    if (units_completed_ - it->completed_before < left_behind_after)
+      return;
+    if (!it->was_refused)
+      enqueue(lock, *it);
+  }
+}
+
+void WriteCache::drop_clean(const Lock& lock) {
+  while (!clean_.empty())
+    drop(lock, clean_.front());
+}
+
+void WriteCache::drop(const Lock& /*lock*/, Unit& unit) {
+  units_.erase(unit.range().begin);
+  if (units_.empty())
+    unit_size_ = wanted_unit_size_;
+}
+
+std::size_t WriteCache::release_clean(std::size_t bytes) {
+  const Lock lock(mutex_);
+  std::size_t released = 0;
+  while (released < bytes && !clean_.empty()) {
+    released += unit_size_ + bookkeeping();
+    drop(lock, clean_.front());
+  }
+  return released;
+}
+
+// ---- The layout
+
+void WriteCache::relayout(const Lock& lock) {
+  if (settings_.cluster_size)
+    return;
+  const std::optional<qcow2::Header> header = header_.header(size_);
+  has_layout_ = header.has_value();
+  if (header)
+    wanted_unit_size_ = unit_size_for(header->cluster_size(), preferred_);
+  if (has_layout_ && wanted_unit_size_ == unit_size_)
+    return;
+  // Units of another size, or of an image that is gone, are written as they are, and soon.
+  drop_clean(lock);
+  if (units_.empty())
+    unit_size_ = wanted_unit_size_;
+  for (Unit& unit : unclean_)
+    enqueue(lock, unit);
+}
+
+void WriteCache::header_changed(const Lock& lock, const ByteRange& range) {
+  if (!range.overlaps(HeaderWatch::watched(size_)))
+    return;
+  if (!header_.complete(size_))
+    layout_was_read_ = false;
+  relayout(lock);
+}
+
+void WriteCache::learn_layout(Storage& storage) {
+  const Capabilities& capabilities = storage.capabilities();
+  const ByteRange watched = HeaderWatch::watched(capabilities.size);
+  if (settings_.cluster_size || watched.empty())
+    return;
+  {
+    const Lock lock(mutex_);
+    if (layout_was_read_ || header_.complete(size_))
+      return;
+    layout_was_read_ = true;
+  }
+  try {
+    learn_zeros(storage, watched);
+    // A whole block: what the client reads of the header next is in it.
+    const ByteRange block{
+        0, std::min(align_up(watched.end, capabilities.write_alignment()), capabilities.size)};
+    const RangeLock::Owned owned = ranges_.own(block);
+    std::vector<std::byte> data(block.size());
+    bool zeros = false;
+    {
+      const Lock lock(mutex_);
+      zeros = zero_map_.zeros(watched);
+    }
+    if (!zeros)
+      storage.read(block.begin, data);
+    const Lock lock(mutex_);
+    ByteRanges gaps;
+    std::vector<std::byte> current = data;
+    copy_cached(lock, block.begin, current, gaps);
+    header_.learn(block.begin, current);
+    relayout(lock);
+    if (zeros || !caching(lock) || units_.contains(0))
+      return;
+    if (std::shared_ptr<Unit::Buffer> buffer = take_buffer(lock)) {
+      add_unit(lock, 0, std::move(buffer)).learn(block.begin, data, nullptr);
+    }
+  } catch (const std::system_error&) {
+    // Storage has said why. No layout is known, so nothing is cached until the header is written.
+  }
+}
+
+void WriteCache::learn_zeros(Storage& storage, const ByteRange& range) {
+  constexpr std::uint64_t window = std::uint64_t{1} << 30U;
+  const Capabilities& capabilities = storage.capabilities();
+  if (!capabilities.can_extents)
+    return;
+  // From here to the end of the window: clients mostly write forward.
+  ByteRange rest{align_down(range.begin, least_unit_size),
+                 std::min(align_up(range.end, window), capabilities.size)};
+  while (!rest.empty()) {
+    ZeroMap::Question question;
+    {
+      const Lock lock(mutex_);
+      if (zero_map_.asked(range))
+        return;
+      question = zero_map_.ask();
+    }
+    ByteRange answered{rest.begin, rest.begin};
+    ByteRanges zeros;
+    try {
+      for (const Storage::Extent& extent : storage.extents(rest, false)) {
+        const bool reads_zero = extent.type == Storage::ExtentType::zero ||
+                                extent.type == Storage::ExtentType::hole_and_zero;
+        if (reads_zero && zeros.count() < ZeroMap::most_ranges)
+          zeros.add(extent.range);
+        answered.end = extent.range.end;
+      }
+    } catch (const std::system_error&) {
+      answered = rest; // nothing was learned, but asking again would not help
+    } catch (...) {
+      const Lock lock(mutex_);
+      zero_map_.withdraw(question);
+      throw;
+    }
+    const Lock lock(mutex_);
+    zero_map_.learn(question, answered, zeros);
+    rest.begin = answered.empty() ? rest.end : answered.end;
+  }
+}
+
+void WriteCache::set_size(std::uint64_t size) {
+  const Lock lock(mutex_);
+  size_ = size;
+}
+
+std::uint64_t WriteCache::size() const {
+  const Lock lock(mutex_);
+  return size_;
+}
+
+void WriteCache::forget_all() {
+  const Lock lock(mutex_);
+  drop_clean(lock);
+  for (Unit& unit : unclean_)
+    unit.forget(unit.range());
+  zero_map_.clear();
+  header_.forget({0, qcow2::header_bytes});
+  layout_was_read_ = false;
+  relayout(lock);
+}
+
+// ---- Writing
+
+Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
+                            std::span<const std::byte> data) {
+  const Lock lock(mutex_);
+  if (!caching(lock))
+    return Absorbed::off;
+
+  // First everything that can fail, so that a write is taken whole or not at all.
+  const ByteRange range{offset, offset + data.size()};
+  for (ByteRange rest = range; !rest.empty();) {
+    const std::uint64_t begin = align_down(rest.begin, unit_size_);
+    const auto found = units_.find(begin);
+    if (found == units_.end()) {
+      std::shared_ptr<Unit::Buffer> buffer = take_buffer(lock);
+      if (!buffer)
+        return Absorbed::no_memory;
+      add_unit(lock, begin, std::move(buffer));
+    } else if (found->second.fragmented()) {
+      enqueue(lock, found->second);
+      return Absorbed::unit_busy;
+    } else if (found->second.pinned()) {
+      std::shared_ptr<Unit::Buffer> second = take_buffer(lock);
+      if (!second)
+        return Absorbed::unit_busy;
+      found->second.replace_buffer(std::move(second));
+    }
+    rest.begin = begin + unit_size_;
+  }
+
+  const auto now = Unit::Clock::now();
+  ++moment_;
+  for_each_unit(lock, range, [&](Unit& unit) {
+    const ByteRange part = range.intersection(unit.range());
+    unit.absorb(part.begin, data.subspan(part.begin - offset, part.size()), moment_);
+    unit.touched = now;
+    unit.completed_before = units_completed_;
+    unit.last_writer = &writer;
+    unit.hook.unlink();
+    unclean_.push_back(unit);
+    if (unit.full(size_) && !unit.was_refused && unit.turn == Unit::Turn::none) {
+      enqueue(lock, unit);
+      note_completed(lock);
+    }
+  });
+  header_.wrote(offset, data);
+  header_changed(lock, range);
+  return Absorbed::held;
+}
+
+void WriteCache::write(Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
+                       bool fua) {
+  learn_layout(storage);
+  if (fua) {
+    write_through(storage, offset, data, true);
+    return;
+  }
+  ByteRange rest{offset, offset + data.size()};
+  while (!rest.empty()) {
+    const std::uint64_t border = align_down(rest.begin, unit_size()) + unit_size();
+    const ByteRange piece{rest.begin, std::min(rest.end, border)};
+    const std::span<const std::byte> piece_data = data.subspan(piece.begin - offset, piece.size());
+    switch (absorb(storage, piece.begin, piece_data)) {
+    case Absorbed::held:
+      rest.begin = piece.end;
+      break;
+    case Absorbed::off:
+      write_through(storage, rest.begin, data.subspan(rest.begin - offset), false);
+      rest.begin = rest.end;
+      break;
+    case Absorbed::no_memory:
+      if (!make_room(storage)) {
+        write_through(storage, piece.begin, piece_data, false);
+        rest.begin = piece.end;
+      }
+      break;
+    case Absorbed::unit_busy:
+      if (!write_busy_units(storage, piece)) {
+        write_through(storage, piece.begin, piece_data, false);
+        rest.begin = piece.end;
+      }
+      break;
+    }
+  }
+  if (!settings_.wake_writer) {
+    while (write_next(storage)) {
+    }
+  }
+}
+
+void WriteCache::write_through(Storage& storage, std::uint64_t offset,
+                               std::span<const std::byte> data, bool fua) {
+  const Capabilities& capabilities = storage.capabilities();
+  const ByteRange range{offset, offset + data.size()};
+  const std::uint64_t alignment = caching() ? capabilities.write_alignment() : capabilities.minimum;
+  const ByteRange blocks = align_outward(range, alignment).intersection({0, capabilities.size});
+  if (blocks != range)
+    learn_zeros(storage, blocks);
+
+  const RangeLock::Owned owned = ranges_.own(blocks);
+  try {
+    if (blocks == range || blocks.size() <= largest_bounce) {
+      write_piece_through(storage, offset, data, blocks, fua);
+    } else {
+      // The middle needs no copy; only a block at either end may have to be completed.
+      const ByteRange middle = align_inward(range, alignment);
+      const bool each = fua && capabilities.fua == Fua::native;
+      const auto part = [&](const ByteRange& piece) {
+        return data.subspan(piece.begin - offset, piece.size());
+      };
+      const ByteRange head{range.begin, middle.begin};
+      const ByteRange tail{middle.end, range.end};
+      if (!head.empty())
+        write_piece_through(storage, head.begin, part(head), {blocks.begin, middle.begin}, each);
+      write_piece_through(storage, middle.begin, part(middle), middle, tail.empty() ? fua : each);
+      if (!tail.empty())
+        write_piece_through(storage, tail.begin, part(tail), {middle.end, blocks.end}, fua);
+    }
+  } catch (...) {
+    failed_on_storage(blocks);
+    throw;
+  }
+
+  {
+    const Lock lock(mutex_);
+    for_each_unit(lock, range, [&](Unit& unit) {
+      const ByteRange piece = range.intersection(unit.range());
+      unit.wrote_through(piece.begin, data.subspan(piece.begin - offset, piece.size()));
+      settle(lock, unit);
+    });
+    zero_map_.changed(blocks);
+    header_.wrote(offset, data);
+    header_changed(lock, range);
+  }
+  changed_on_storage(blocks);
+}
+
+void WriteCache::write_piece_through(Storage& storage, std::uint64_t offset,
+                                     std::span<const std::byte> data, const ByteRange& blocks,
+                                     bool fua) {
+  if (blocks.size() == data.size()) {
+    storage.write(offset, data, fua);
+    return;
+  }
+  std::vector<std::byte> whole(blocks.size());
+  ByteRanges gaps;
+  {
+    const Lock lock(mutex_);
+    copy_cached(lock, blocks.begin, whole, gaps);
+    gaps.remove(zero_map_.zeros_in(blocks)); // `whole` is zeros where nothing was copied
+  }
+  gaps.remove({offset, offset + data.size()});
+  if (!gaps.empty()) {
+    const ByteRange hull =
+        align_outward(gaps.hull(), storage.capabilities().write_alignment()).intersection(blocks);
+    std::vector<std::byte> read(hull.size());
+    storage.read(hull.begin, read);
+    for (const ByteRange& gap : gaps)
+      std::ranges::copy(std::span(read).subspan(gap.begin - hull.begin, gap.size()),
+                        whole.begin() + static_cast<std::ptrdiff_t>(gap.begin - blocks.begin));
+  }
+  std::ranges::copy(data, whole.begin() + static_cast<std::ptrdiff_t>(offset - blocks.begin));
+  storage.write(blocks.begin, whole, fua);
+}
+
+bool WriteCache::make_room(Storage& storage) {
+  std::size_t needed = 0;
+  {
+    const Lock lock(mutex_);
+    needed = unit_size_ + bookkeeping();
+  }
+  if (budget_.reclaim(needed))
+    return true;
+
+  Lock lock(mutex_);
+  bool others_write = false;
+  for (Unit& unit : unclean_) {
+    others_write = others_write || unit.turn == Unit::Turn::claimed;
+    if (unit.turn != Unit::Turn::claimed && !unit.was_refused &&
+        within_reach(lock, unit, storage)) {
+      const Job job = claim(lock, unit);
+      lock.unlock();
+      try {
+        write_out(storage, job);
+      } catch (const std::system_error&) {
+        // Stays where it is; the next round finds another one, or none.
+      }
+      return true;
+    }
+  }
+  if (others_write)
+    progress_.wait(lock);
+  return others_write;
+}
+
+bool WriteCache::write_busy_units(Storage& storage, const ByteRange& range) {
+  Lock lock(mutex_);
+  Unit* busy = nullptr;
+  for_each_unit(lock, range, [&](Unit& unit) {
+    if (unit.pinned() || unit.fragmented())
+      busy = &unit;
+  });
+  if (busy == nullptr)
+    return true;
+  if (busy->turn == Unit::Turn::claimed) {
+    progress_.wait(lock);
+    return true;
+  }
+  if (!within_reach(lock, *busy, storage))
+    return false;
+  const Job job = claim(lock, *busy);
+  lock.unlock();
+  try {
+    write_out(storage, job);
+  } catch (const std::system_error&) {
+    return false;
+  }
+  return true;
+}
+
+// ---- Reading
+
+void WriteCache::copy_cached(const Lock& lock, std::uint64_t offset, std::span<std::byte> data,
+                             ByteRanges& gaps) {
+  const ByteRange range{offset, offset + data.size()};
+  gaps.add(range);
+  for_each_unit(lock, range, [&](Unit& unit) {
+    const ByteRanges known = unit.known().inside(range);
+    for (const ByteRange& part : known)
+      std::ranges::copy(unit.bytes(part),
+                        data.begin() + static_cast<std::ptrdiff_t>(part.begin - offset));
+    gaps.remove(known);
+  });
+}
+
+void WriteCache::read(Storage& storage, std::uint64_t offset, std::span<std::byte> data) {
+  // The cache first and storage after: a unit may be written and dropped in between, but then
+  // storage has it. The other way round a read could see bytes from before.
+  ByteRanges gaps;
+  {
+    const Lock lock(mutex_);
+    copy_cached(lock, offset, data, gaps);
+  }
+  const Capabilities& capabilities = storage.capabilities();
+  std::vector<std::byte> bounce;
+  for (auto gap = gaps.begin(); gap != gaps.end();) {
+    ByteRange together = *gap;
+    auto behind = gap + 1;
+    while (behind != gaps.end() && behind->begin - together.end < worth_reading_over &&
+           behind->end - together.begin <= largest_bounce) {
+      together.end = behind->end;
+      ++behind;
+    }
+    const ByteRange blocks = align_outward(together, capabilities.minimum);
+    if (behind == gap + 1 && blocks == together) {
+      storage.read(together.begin, data.subspan(together.begin - offset, together.size()));
+      ++gap;
+    } else {
+      // Pieces keep the memory for it small; their ends are multiples of any minimum.
+      for (ByteRange rest = blocks; !rest.empty();) {
+        const ByteRange piece{
+            rest.begin,
+            std::min(rest.end, align_down(rest.begin, largest_bounce) + largest_bounce)};
+        bounce.resize(piece.size());
+        storage.read(piece.begin, bounce);
+        for (auto part = gap; part != behind; ++part) {
+          const ByteRange wanted = part->intersection(piece);
+          if (!wanted.empty())
+            std::ranges::copy(std::span(bounce).subspan(wanted.begin - piece.begin, wanted.size()),
+                              data.begin() + static_cast<std::ptrdiff_t>(wanted.begin - offset));
+        }
+        rest.begin = piece.end;
+      }
+      gap = behind;
+    }
+  }
+}
+
+Storage::Extents WriteCache::extents(Storage& storage, const ByteRange& range, bool only_first) {
+  ByteRanges owed;
+  {
+    const Lock lock(mutex_);
+    for_each_unit(lock, range, [&](Unit& unit) {
+      owed.add(unit.dirty().inside(range));
+      owed.add(unit.in_flight().inside(range));
+    });
+  }
+  const ByteRange blocks = align_outward(range, storage.capabilities().minimum);
+  Storage::Extents overlaid;
+  for (const Storage::Extent& extent : storage.extents(blocks, only_first)) {
+    const ByteRange part = extent.range.intersection(range);
+    ByteRange rest = part;
+    for (const ByteRange& dirty : owed.inside(part)) {
+      if (rest.begin < dirty.begin)
+        overlaid.push_back({{rest.begin, dirty.begin}, extent.type});
+      overlaid.push_back({dirty, Storage::ExtentType::data});
+      rest.begin = dirty.end;
+    }
+    if (!rest.empty())
+      overlaid.push_back({rest, extent.type});
+  }
+  if (overlaid.empty()) {
+    // Storage spoke only of bytes before the range, in the block that it begins in.
+    const std::uint64_t block_end = align_up(range.begin + 1, storage.capabilities().minimum);
+    overlaid.push_back({{range.begin, std::min(block_end, range.end)}, Storage::ExtentType::data});
+  }
+  return overlaid;
+}
+
+// ---- Zero and trim
+
+void WriteCache::zero(Storage& storage, const ByteRange& range,
+                      const Storage::ZeroOptions& options) {
+  const ByteRange blocks = align_inward(range, storage.capabilities().minimum);
+  if (options.fast && (blocks != range || storage.pieces(blocks) != 1))
+    throw std::system_error(ENOTSUP, std::generic_category(), "fast zero");
+  if (!blocks.empty()) {
+    const RangeLock::Owned owned = ranges_.own(blocks);
+    try {
+      storage.zero(blocks, options);
+    } catch (...) {
+      failed_on_storage(blocks);
+      throw;
+    }
+    {
+      const Lock lock(mutex_);
+      for_each_unit(lock, blocks, [&](Unit& unit) {
+        unit.zeroed(blocks);
+        settle(lock, unit);
+      });
+      zero_map_.zeroed(blocks);
+      header_.zeroed(blocks);
+      header_changed(lock, blocks);
+    }
+    changed_on_storage(blocks);
+  }
+  const ByteRange head{range.begin, blocks.empty() ? range.end : blocks.begin};
+  const ByteRange tail{blocks.empty() ? range.end : blocks.end, range.end};
+  for (const ByteRange& ragged : {head, tail}) {
+    if (!ragged.empty())
+      write(storage, ragged.begin, std::vector<std::byte>(ragged.size()), options.fua);
+  }
+}
+
+void WriteCache::trim(Storage& storage, const ByteRange& range, bool fua) {
+  const ByteRange blocks = align_inward(range, storage.capabilities().minimum);
+  if (blocks.empty())
+    return;
+  const RangeLock::Owned owned = ranges_.own(blocks);
+  try {
+    storage.trim(blocks, fua);
+  } catch (...) {
+    failed_on_storage(blocks);
+    throw;
+  }
+  discard(blocks);
+  changed_on_storage(blocks);
+}
+
+void WriteCache::discard(const ByteRange& range) {
+  const Lock lock(mutex_);
+  for_each_unit(lock, range, [&](Unit& unit) {
+    unit.discard(range);
+    settle(lock, unit);
+  });
+  zero_map_.changed(range);
+  header_.forget(range);
+  header_changed(lock, range);
+}
+
+void WriteCache::forget(const ByteRange& range) {
+  const Lock lock(mutex_);
+  for_each_unit(lock, range, [&](Unit& unit) {
+    unit.forget(range);
+    settle(lock, unit);
+  });
+  zero_map_.changed(range);
+  header_.forget(range);
+  for_each_unit(lock, HeaderWatch::watched(size_), [&](Unit& unit) {
+    for (const ByteRange& known : unit.known())
+      header_.learn(known.begin, unit.bytes(known));
+  });
+  header_changed(lock, range);
+}
+
+void WriteCache::changed_on_storage(const ByteRange& range) {
+  if (settings_.changed_storage)
+    settings_.changed_storage(range);
+}
+
+void WriteCache::failed_on_storage(const ByteRange& range) {
+  // Storage may have changed some of it. Bytes that are dirty will be written once more.
+  forget(range);
+  changed_on_storage(range);
+}
+
+// ---- Flush
+
+Unsaved WriteCache::unsaved() const {
+  const Lock lock(mutex_);
+  Unsaved found;
+  for (const Unit& unit : unclean_) {
+    found.ranges.add(unit.dirty());
+    found.ranges.add(unit.in_flight());
+  }
+  found.bytes = found.ranges.bytes();
+  return found;
+}
+
+void WriteCache::flush(Storage& storage) {
+  std::uint64_t moment = 0;
+  {
+    const Lock lock(mutex_);
+    moment = moment_;
+  }
+  if (const std::error_code error = write_owed(storage, moment))
+    throw std::system_error(error, "flush");
+  storage.flush();
+}
+
+Unsaved WriteCache::drain(Storage& storage) {
+  std::uint64_t moment = 0;
+  {
+    const Lock lock(mutex_);
+    moment = moment_;
+  }
+  const std::error_code error = write_owed(storage, moment);
+  Unsaved left = unsaved();
+  left.error = error;
+  return left;
+}
+
+Unsaved WriteCache::drain_and_stop(Storage& storage) {
+  {
+    const Lock lock(mutex_);
+    stopped_ = true;
+  }
+  return drain(storage);
+}
+
+void WriteCache::set_cluster_end(std::uint64_t offset) {
+  const Lock lock(mutex_);
+  for_each_unit(lock, {offset, offset + 1}, [&](Unit& unit) { enqueue(lock, unit); });
+}
+
+} // namespace qcowcache
