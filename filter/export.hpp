@@ -1,0 +1,92 @@
+#pragma once
+
+#include "handle.hpp"
+#include "memory_budget.hpp"
+#include "range_lock.hpp"
+#include "write_cache.hpp"
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace qcowcache {
+
+/// One export name: who is connected to it, who owns which of its bytes, and its caches.
+///
+/// Connections to storage that says multi-conn share one cache. Others may see another disk under
+/// the same name each, so each has a cache of its own; but since they may as well see the same
+/// disk, the range lock is common to all, and what one changes the others forget.
+///
+/// Thread safe.
+class Export {
+public:
+  struct Settings {
+    /// As `WriteCache::Settings::cluster_size`.
+    std::optional<std::uint64_t> cluster_size;
+    /// Tells the operator of bytes that were acknowledged and are lost. Must not throw.
+    std::function<void(const std::string& export_name, const Unsaved& lost)> report_loss;
+  };
+
+  /// The budget outlives the export.
+  Export(std::string name, Settings settings, MemoryBudget& budget)
+      : name_(std::move(name)), settings_(std::move(settings)), budget_(budget) {}
+
+  /// A connection begins; returns its cache.
+  std::shared_ptr<WriteCache> attach(const std::shared_ptr<Handle>& handle);
+  /// It ends. With the last connection of a cache goes what the cache has learned; bytes that
+  /// storage refused stay for the next connection where the cache is shared, for an export of the
+  /// same size, and are reported lost where it is not. REQUIRES: the handle is retired.
+  void detach(const std::shared_ptr<Handle>& handle, const std::shared_ptr<WriteCache>& cache);
+
+  /// Nobody is connected and no bytes are left.
+  [[nodiscard]] bool disposable() const;
+  /// Reports all that is left as lost: the server ends.
+  void report_left() const;
+
+private:
+  std::shared_ptr<WriteCache> make_cache(const Capabilities& capabilities);
+  void remove(const std::shared_ptr<WriteCache>& cache);
+  void changed_storage(const WriteCache* by, const ByteRange& range) const;
+  /// The size that the largest connection sees which shares the cache; 0 when there is none.
+  [[nodiscard]] std::optional<std::uint64_t> shared_size() const;
+
+  const std::string name_;
+  const Settings settings_;
+  MemoryBudget& budget_;
+  RangeLock ranges_;
+
+  mutable std::mutex mutex_;
+  std::vector<std::shared_ptr<Handle>> handles_;
+  std::vector<std::shared_ptr<WriteCache>> caches_;
+  std::shared_ptr<WriteCache> shared_cache_;
+};
+
+/// All exports that somebody is connected to or that have bytes left. Thread safe.
+class Exports {
+public:
+  Exports(Export::Settings settings, MemoryBudget& budget)
+      : settings_(std::move(settings)), budget_(budget) {}
+
+  struct Membership {
+    std::shared_ptr<Export> of;
+    std::shared_ptr<WriteCache> cache;
+  };
+  Membership attach(const std::string& name, const std::shared_ptr<Handle>& handle);
+  void detach(const Membership& membership, const std::shared_ptr<Handle>& handle);
+  void report_left() const;
+
+private:
+  const Export::Settings settings_;
+  MemoryBudget& budget_;
+  /// Held while somebody attaches or detaches, so that no export is dropped between being found and
+  /// being used: two exports of one name would not know of each other's ranges.
+  mutable std::mutex mutex_;
+  std::map<std::string, std::shared_ptr<Export>> exports_;
+};
+
+} // namespace qcowcache

@@ -1,0 +1,61 @@
+#pragma once
+
+#include "storage.hpp"
+
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <utility>
+
+namespace qcowcache {
+
+/// One connection's way to storage, for as long as nbdkit allows it to be used: from .prepare until
+/// .finalize or .close, whichever comes first. Thread safe.
+class Handle {
+public:
+  /// The right to call storage; while one lives, `retire` waits.
+  class [[nodiscard]] Use {
+  public:
+    Use(Use&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+    Use& operator=(Use&&) = delete;
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+    ~Use() {
+      if (handle_ != nullptr)
+        handle_->end_use();
+    }
+
+    [[nodiscard]] Storage& storage() const noexcept { return *handle_->storage_; }
+
+  private:
+    friend class Handle;
+    explicit Use(Handle& handle) noexcept : handle_(&handle) {}
+    Handle* handle_;
+  };
+
+  explicit Handle(std::unique_ptr<Storage> storage) noexcept : storage_(std::move(storage)) {}
+
+  /// Nothing once the handle is retired.
+  [[nodiscard]] std::optional<Use> use();
+  /// Allows no new use and waits until the last one has ended. May be called again.
+  void retire() noexcept;
+
+  /// Fixed for the life of the connection; may be asked after `retire`, too.
+  [[nodiscard]] const Capabilities& capabilities() const noexcept {
+    return storage_->capabilities();
+  }
+  /// Whether `writer` (see `Unit::last_writer`) is this connection.
+  [[nodiscard]] bool is(const void* writer) const noexcept { return storage_.get() == writer; }
+
+private:
+  void end_use() noexcept;
+
+  const std::unique_ptr<Storage> storage_;
+  std::mutex mutex_;
+  std::condition_variable unused_;
+  std::size_t users_ = 0;
+  bool retired_ = false;
+};
+
+} // namespace qcowcache

@@ -1,0 +1,84 @@
+#include "parameters.hpp"
+
+#include <bit>
+#include <cctype>
+#include <charconv>
+
+namespace qcowcache {
+
+namespace {
+
+constexpr std::uint64_t least_cluster_size = 512;
+constexpr std::uint64_t most_cluster_size = std::uint64_t{2} * 1024 * 1024;
+
+[[noreturn]] void refuse(std::string_view key, std::string_view value, std::string_view allowed) {
+  std::string line;
+  line.append(key).append("=").append(value).append(": must be ").append(allowed);
+  throw ParameterError(line);
+}
+
+} // namespace
+
+std::optional<std::uint64_t> parse_size(std::string_view text) noexcept {
+  std::uint64_t number = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  if (error != std::errc{})
+    return std::nullopt;
+  const std::string_view suffix = text.substr(static_cast<std::size_t>(end - text.data()));
+  if (suffix.size() > 1)
+    return std::nullopt;
+  unsigned shift = 0;
+  if (!suffix.empty()) {
+    constexpr std::string_view powers = "BKMGTPE";
+    const auto letter = static_cast<char>(std::toupper(static_cast<unsigned char>(suffix[0])));
+    if (letter == 'S') {
+      shift = 9;
+    } else {
+      const std::size_t power = powers.find(letter);
+      if (power == std::string_view::npos)
+        return std::nullopt;
+      shift = static_cast<unsigned>(power) * 10;
+    }
+  }
+  constexpr auto most = static_cast<std::uint64_t>(INT64_MAX);
+  if (number > (most >> shift))
+    return std::nullopt;
+  return number << shift;
+}
+
+const char* Parameters::help() noexcept {
+  return "qcowcache-size=<SIZE>          Memory for cached data (default 64M, 0: cache nothing).\n"
+         "qcowcache-cluster-size=<SIZE>  Host cluster size, 512 to 2M (default auto: as the qcow2\n"
+         "                               header says, and without one nothing is cached).";
+}
+
+bool Parameters::set(std::string_view key, std::string_view value) {
+  if (key == "qcowcache-size") {
+    const std::optional<std::uint64_t> size = parse_size(value);
+    if (!size)
+      refuse(key, value, "a size such as 64M, or 0 to cache nothing");
+    size_ = *size;
+    return true;
+  }
+  if (key == "qcowcache-cluster-size") {
+    if (value == "auto") {
+      cluster_size_.reset();
+      return true;
+    }
+    const std::optional<std::uint64_t> size = parse_size(value);
+    if (!size || !std::has_single_bit(*size) || *size < least_cluster_size ||
+        *size > most_cluster_size)
+      refuse(key, value, "auto or a power of two from 512 to 2M");
+    cluster_size_ = size;
+    return true;
+  }
+  if (key.substr(0, prefix.size()) == prefix) {
+    std::string line(key);
+    line.append("=").append(value).append(
+        ": no such parameter; allowed: qcowcache-size, qcowcache-cluster-size");
+    throw ParameterError(line);
+  }
+  return false;
+}
+
+} // namespace qcowcache

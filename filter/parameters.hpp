@@ -1,0 +1,45 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+namespace qcowcache {
+
+/// A parameter that cannot be accepted; `what()` is one line that names the parameter, the value
+/// and what is allowed.
+class ParameterError : public std::invalid_argument {
+public:
+  using std::invalid_argument::invalid_argument;
+};
+
+/// The filter's part of nbdkit's command line. Not thread safe; read only once nbdkit serves.
+class Parameters {
+public:
+  /// All parameters of this filter begin with this.
+  static constexpr std::string_view prefix = "qcowcache-";
+
+  /// What `nbdkit --filter=qcowcache --help` prints about them.
+  static const char* help() noexcept;
+
+  /// Takes `key=value`. Returns false for a key that is not this filter's; throws ParameterError.
+  bool set(std::string_view key, std::string_view value);
+
+  /// Bytes for cached data and its bookkeeping, all exports together; 0 passes everything through.
+  [[nodiscard]] std::uint64_t size() const noexcept { return size_; }
+  /// Bytes, a power of two; nothing (`auto`): from the qcow2 header.
+  [[nodiscard]] std::optional<std::uint64_t> cluster_size() const noexcept { return cluster_size_; }
+
+private:
+  std::uint64_t size_ = std::uint64_t{64} * 1024 * 1024;
+  std::optional<std::uint64_t> cluster_size_;
+};
+
+/// A number of bytes as nbdkit writes it: digits, then nothing or one of B, K, M, G, T, P, E
+/// (powers of 1024) or S (sectors of 512), in either case. Nothing when `text` is not that, or when
+/// the number does not fit into 63 bits.
+[[nodiscard]] std::optional<std::uint64_t> parse_size(std::string_view text) noexcept;
+
+} // namespace qcowcache

@@ -1,0 +1,330 @@
+// The door: nbdkit's callbacks. Each turns C into C++, asks the room that knows, and turns what
+// comes back, an exception included, into C again.
+
+#include "connection.hpp"
+#include "export.hpp"
+#include "memory_budget.hpp"
+#include "nbdkit_storage.hpp"
+#include "parameters.hpp"
+
+#include <nbdkit-filter.h>
+
+#include <algorithm>
+#include <exception>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <string>
+#include <system_error>
+
+namespace {
+
+using namespace qcowcache;
+
+void report_loss(const std::string& export_name, const Unsaved& lost) {
+  constexpr std::size_t most_named = 4;
+  std::string where;
+  std::size_t named = 0;
+  for (const ByteRange& range : lost.ranges) {
+    if (named < most_named)
+      where += (named == 0 ? "" : ", ") + std::to_string(range.begin) + "-" +
+               std::to_string(range.end - 1);
+    ++named;
+  }
+  if (named > most_named)
+    where += ", and " + std::to_string(named - most_named) + " more";
+  nbdkit_error("qcowcache: export \"%s\": lost %llu bytes that were acknowledged, because storage "
+               "refused them: %s",
+               export_name.c_str(), static_cast<unsigned long long>(lost.bytes), where.c_str());
+}
+
+/// All that lives as long as nbdkit serves.
+class Server {
+public:
+  explicit Server(const Parameters& parameters)
+      : budget_(parameters.size()), exports_({parameters.cluster_size(), report_loss}, budget_) {}
+
+  Connection* open(std::string export_name) {
+    auto connection = std::make_unique<Connection>(exports_, std::move(export_name));
+    const std::lock_guard lock(mutex_);
+    connections_.push_back(std::move(connection));
+    return connections_.back().get();
+  }
+
+  void close(Connection* connection) {
+    connection->end();
+    std::list<std::unique_ptr<Connection>> closed;
+    const std::lock_guard lock(mutex_);
+    const auto found = std::ranges::find_if(
+        connections_, [&](const auto& candidate) { return candidate.get() == connection; });
+    if (found != connections_.end())
+      closed.splice(closed.begin(), connections_, found);
+  }
+
+  void report_left() const { exports_.report_left(); }
+
+private:
+  MemoryBudget budget_;
+  Exports exports_;
+  std::mutex mutex_;
+  /// Owned here and not by nbdkit, which does not close what SIGTERM cuts off.
+  std::list<std::unique_ptr<Connection>> connections_;
+};
+
+int times_loaded = 0;
+Parameters parameters;
+std::unique_ptr<Server> server;
+
+Connection& connection_of(void* handle) {
+  return *static_cast<Connection*>(handle);
+}
+
+/// Runs `work`; no exception gets past it. On failure reports one line and returns the errno.
+template <typename Work>
+int errno_of(const char* what, Work work) noexcept {
+  try {
+    work();
+    return 0;
+  } catch (const std::system_error& error) {
+    nbdkit_error("qcowcache: %s: %s", what, error.what());
+    return error.code().value() != 0 ? error.code().value() : EIO;
+  } catch (const std::bad_alloc&) {
+    nbdkit_error("qcowcache: %s: out of memory", what);
+    return ENOMEM;
+  } catch (const std::exception& error) {
+    nbdkit_error("qcowcache: %s: %s", what, error.what());
+    return EIO;
+  }
+}
+
+/// The same for requests: 0, or -1 and the errno in `err`.
+template <typename Work>
+int serve(const char* what, int* err, Work work) noexcept {
+  const int error = errno_of(what, work);
+  if (error == 0)
+    return 0;
+  // nbdkit takes these two as "do it another way", which is only right for a fast zero.
+  *err = error == ENOTSUP || error == EOPNOTSUPP ? EIO : error;
+  return -1;
+}
+
+void filter_load() {
+  ++times_loaded;
+}
+
+void filter_unload() {
+  server.reset();
+  times_loaded = 0;
+}
+
+int filter_config(nbdkit_next_config* next, nbdkit_backend* backend, const char* key,
+                  const char* value) {
+  try {
+    if (parameters.set(key, value))
+      return 0;
+  } catch (const std::exception& error) {
+    nbdkit_error("%s", error.what());
+    return -1;
+  }
+  return next(backend, key, value);
+}
+
+int filter_config_complete(nbdkit_next_config_complete* next, nbdkit_backend* backend) {
+  if (times_loaded > 1) {
+    nbdkit_error("qcowcache: the filter can only be used once in a chain, it is named %d times",
+                 times_loaded);
+    return -1;
+  }
+  return next(backend);
+}
+
+int filter_get_ready(int /*thread_model*/) {
+  return errno_of("get_ready", [] { server = std::make_unique<Server>(parameters); }) == 0 ? 0 : -1;
+}
+
+void filter_cleanup(nbdkit_backend* /*backend*/) {
+  if (server)
+    errno_of("cleanup", [] { server->report_left(); });
+}
+
+void* filter_open(nbdkit_next_open* next, nbdkit_context* context, int readonly,
+                  const char* export_name, int /*is_tls*/) {
+  if (next(context, readonly, export_name) == -1)
+    return nullptr;
+  void* handle = nullptr;
+  errno_of("open", [&] { handle = server->open(export_name); });
+  return handle;
+}
+
+int filter_prepare(nbdkit_next* next, void* handle, int /*readonly*/) {
+  const int error = errno_of(
+      "prepare", [&] { connection_of(handle).begin(std::make_unique<NbdkitStorage>(next)); });
+  return error == 0 ? 0 : -1;
+}
+
+int filter_finalize(nbdkit_next* /*next*/, void* handle) {
+  connection_of(handle).drain();
+  connection_of(handle).end();
+  return 0; // an error here would keep the layers below from being finalized
+}
+
+void filter_close(void* handle) {
+  errno_of("close", [&] { server->close(&connection_of(handle)); });
+}
+
+std::int64_t filter_get_size(nbdkit_next* /*next*/, void* handle) {
+  return static_cast<std::int64_t>(connection_of(handle).capabilities().size);
+}
+
+int filter_block_size(nbdkit_next* /*next*/, void* handle, std::uint32_t* minimum,
+                      std::uint32_t* preferred, std::uint32_t* maximum) {
+  const Connection& connection = connection_of(handle);
+  // Said even though it is the default: without it clients complete sectors themselves.
+  *minimum = 1;
+  *preferred = static_cast<std::uint32_t>(
+      std::max<std::uint64_t>(connection.cache().unit_size(), connection.capabilities().preferred));
+  *maximum = UINT32_MAX;
+  return 0;
+}
+
+int filter_can_flush(nbdkit_next* /*next*/, void* handle) {
+  return connection_of(handle).capabilities().can_write ? 1 : 0;
+}
+
+int filter_can_fua(nbdkit_next* /*next*/, void* handle) {
+  return connection_of(handle).capabilities().can_write ? NBDKIT_FUA_NATIVE : NBDKIT_FUA_NONE;
+}
+
+int filter_can_zero(nbdkit_next* /*next*/, void* handle) {
+  return connection_of(handle).capabilities().can_zero ? NBDKIT_ZERO_NATIVE : NBDKIT_ZERO_EMULATE;
+}
+
+int filter_pread(nbdkit_next* /*next*/, void* handle, void* buffer, std::uint32_t count,
+                 std::uint64_t offset, std::uint32_t /*flags*/, int* err) {
+  return serve("read", err, [&] {
+    const Connection::InUse in_use = connection_of(handle).in_use();
+    in_use.cache.read(in_use.use.storage(), offset, {static_cast<std::byte*>(buffer), count});
+  });
+}
+
+int filter_pwrite(nbdkit_next* /*next*/, void* handle, const void* buffer, std::uint32_t count,
+                  std::uint64_t offset, std::uint32_t flags, int* err) {
+  return serve("write", err, [&] {
+    const Connection::InUse in_use = connection_of(handle).in_use();
+    in_use.cache.write(in_use.use.storage(), offset, {static_cast<const std::byte*>(buffer), count},
+                       (flags & NBDKIT_FLAG_FUA) != 0);
+  });
+}
+
+int filter_flush(nbdkit_next* /*next*/, void* handle, std::uint32_t /*flags*/, int* err) {
+  return serve("flush", err, [&] {
+    const Connection::InUse in_use = connection_of(handle).in_use();
+    in_use.cache.flush(in_use.use.storage());
+  });
+}
+
+int filter_trim(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::uint64_t offset,
+                std::uint32_t flags, int* err) {
+  return serve("trim", err, [&] {
+    const Connection::InUse in_use = connection_of(handle).in_use();
+    in_use.cache.trim(in_use.use.storage(), {offset, offset + count},
+                      (flags & NBDKIT_FLAG_FUA) != 0);
+  });
+}
+
+int filter_zero(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::uint64_t offset,
+                std::uint32_t flags, int* err) {
+  Storage::ZeroOptions options;
+  options.may_trim = (flags & NBDKIT_FLAG_MAY_TRIM) != 0;
+  options.fua = (flags & NBDKIT_FLAG_FUA) != 0;
+  options.fast = (flags & NBDKIT_FLAG_FAST_ZERO) != 0;
+  bool not_fast = false;
+  const int result = serve("zero", err, [&] {
+    const Connection::InUse in_use = connection_of(handle).in_use();
+    try {
+      in_use.cache.zero(in_use.use.storage(), {offset, offset + count}, options);
+    } catch (const std::system_error& error) {
+      not_fast = options.fast && (error.code() == std::errc::not_supported ||
+                                  error.code() == std::errc::operation_not_supported);
+      if (!not_fast)
+        throw;
+    }
+  });
+  if (!not_fast)
+    return result;
+  *err = ENOTSUP; // an answer, not a failure: there is nothing to report
+  return -1;
+}
+
+int filter_extents(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::uint64_t offset,
+                   std::uint32_t flags, nbdkit_extents* extents, int* err) {
+  return serve("extents", err, [&] {
+    const Connection::InUse in_use = connection_of(handle).in_use();
+    for (const Storage::Extent& extent : in_use.cache.extents(
+             in_use.use.storage(), {offset, offset + count}, (flags & NBDKIT_FLAG_REQ_ONE) != 0)) {
+      const bool hole = extent.type == Storage::ExtentType::hole ||
+                        extent.type == Storage::ExtentType::hole_and_zero;
+      const bool zero = extent.type == Storage::ExtentType::zero ||
+                        extent.type == Storage::ExtentType::hole_and_zero;
+      const std::uint32_t type =
+          (hole ? NBDKIT_EXTENT_HOLE : 0U) | (zero ? NBDKIT_EXTENT_ZERO : 0U);
+      if (nbdkit_add_extent(extents, extent.range.begin, extent.range.size(), type) == -1)
+        throw std::system_error(errno, std::generic_category(), "extents");
+    }
+  });
+}
+
+int filter_cache(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::uint64_t offset,
+                 std::uint32_t /*flags*/, int* err) {
+  const int error = errno_of("cache", [&] {
+    const Capabilities& capabilities = connection_of(handle).capabilities();
+    const ByteRange range{offset, offset + count};
+    if (capabilities.can_cache)
+      connection_of(handle).in_use().use.storage().cache(
+          align_outward(range, capabilities.minimum));
+  });
+  // A hint, which nbdkit's readahead filter gives after .finalize, too, and then without `err`.
+  if (error == 0 || err == nullptr)
+    return 0;
+  *err = error;
+  return -1;
+}
+
+nbdkit_filter make_filter() {
+  nbdkit_filter filter = nbdkit_filter();
+  filter.name = "qcowcache";
+  filter.longname = "nbdkit qcow2 write cache filter";
+  filter.description = "Collects compressed qcow2 clusters in memory and writes each host cluster "
+                       "once, whole and aligned.";
+  filter.load = filter_load;
+  filter.unload = filter_unload;
+  filter.config = filter_config;
+  filter.config_complete = filter_config_complete;
+  filter.config_help = Parameters::help();
+  filter.get_ready = filter_get_ready;
+  filter.cleanup = filter_cleanup;
+  filter.open = filter_open;
+  filter.close = filter_close;
+  filter.prepare = filter_prepare;
+  filter.finalize = filter_finalize;
+  filter.get_size = filter_get_size;
+  filter.block_size = filter_block_size;
+  filter.can_flush = filter_can_flush;
+  filter.can_fua = filter_can_fua;
+  filter.can_zero = filter_can_zero;
+  filter.pread = filter_pread;
+  filter.pwrite = filter_pwrite;
+  filter.flush = filter_flush;
+  filter.trim = filter_trim;
+  filter.zero = filter_zero;
+  filter.extents = filter_extents;
+  filter.cache = filter_cache;
+  return filter;
+}
+
+nbdkit_filter filter = make_filter();
+
+} // namespace
+
+NBDKIT_REGISTER_FILTER(filter)
