@@ -1,0 +1,78 @@
+# QCOWCACHE_CXX20
+# Adds -std=c++20 to CXX and tries what older compilers lack, with their standard library.
+AC_DEFUN([QCOWCACHE_CXX20],
+[CXX="$CXX -std=c++20"
+AC_MSG_CHECKING([whether $CXX is recent enough])
+AC_LINK_IFELSE([AC_LANG_PROGRAM([[
+#if defined __clang__
+#if __clang_major__ < 14
+#error "clang is too old"
+#endif
+#elif defined __GNUC__ && __GNUC__ < 12
+#error "g++ is too old"
+#endif
+#include <bit>
+#include <compare>
+#include <concepts>
+#include <cstddef>
+#include <span>
+#include <thread>
+struct Range {
+  unsigned long offset;
+  unsigned long count;
+  auto operator<=>(const Range &) const = default;
+};
+template <std::unsigned_integral T> constexpr T ceiling(T x) { return std::bit_ceil(x); }
+static_assert(ceiling(5U) == 8U);
+]], [[
+  constexpr Range a{.offset = 1, .count = 2};
+  static_assert(a == Range{1, 2});
+  std::byte bytes[4]{};
+  std::jthread thread{[&] { bytes[0] = std::span{bytes}.back(); }};
+]])],
+  [AC_MSG_RESULT([yes])],
+  [AC_MSG_RESULT([no])
+  QCOWCACHE_MISSING([a compiler for C++20 (g++ 12, clang++ 14, or later)], [g++], [gcc-c++])])])
+
+# QCOWCACHE_WARNINGS
+# In AM_CXXFLAGS and not in CXXFLAGS, which is the user's.
+AC_DEFUN([QCOWCACHE_WARNINGS],
+[WARNING_CXXFLAGS="-Wall -Wextra -Wpedantic -Wconversion -Wshadow"
+AC_ARG_ENABLE([werror],
+  [AS_HELP_STRING([--enable-werror], [treat warnings as errors])])
+AS_VAR_IF([enable_werror], [yes], [WARNING_CXXFLAGS="$WARNING_CXXFLAGS -Werror"])
+AC_SUBST([WARNING_CXXFLAGS])])
+
+# QCOWCACHE_SANITIZERS
+AC_DEFUN([QCOWCACHE_SANITIZERS],
+[AC_ARG_ENABLE([sanitizers],
+  [AS_HELP_STRING([--enable-sanitizers=LIST],
+    [build with -fsanitize=LIST: address,undefined or thread])],
+  [], [enable_sanitizers=no])
+AS_CASE([$enable_sanitizers],
+  [no], [SANITIZER_FLAGS=],
+  [yes], [AC_MSG_ERROR([--enable-sanitizers needs a list, as in: --enable-sanitizers=address,undefined])],
+  [SANITIZER_FLAGS="-fsanitize=$enable_sanitizers -fno-sanitize-recover=all -fno-omit-frame-pointer"
+  AC_MSG_CHECKING([whether $CXX takes -fsanitize=$enable_sanitizers])
+  qcowcache_saved_CXXFLAGS=$CXXFLAGS
+  CXXFLAGS="$CXXFLAGS $SANITIZER_FLAGS"
+  AC_LINK_IFELSE([AC_LANG_PROGRAM()],
+    [AC_MSG_RESULT([yes])],
+    [AC_MSG_RESULT([no])
+    AC_MSG_ERROR([$CXX cannot build with -fsanitize=$enable_sanitizers])])
+  CXXFLAGS=$qcowcache_saved_CXXFLAGS
+  QCOWCACHE_SUMMARY="
+  sanitizers        $enable_sanitizers (unit tests only: nbdkit itself is not built with them)"])
+AC_SUBST([SANITIZER_FLAGS])
+AM_CONDITIONAL([SANITIZERS], [test "x$enable_sanitizers" != xno])])
+
+# QCOWCACHE_LINKER
+AC_DEFUN([QCOWCACHE_LINKER],
+[AC_MSG_CHECKING([whether the linker takes -Wl,--as-needed])
+qcowcache_saved_LDFLAGS=$LDFLAGS
+LDFLAGS="$LDFLAGS -Wl,--as-needed"
+AC_LINK_IFELSE([AC_LANG_PROGRAM()],
+  [AC_MSG_RESULT([yes]); AS_NEEDED_LDFLAGS=-Wl,--as-needed],
+  [AC_MSG_RESULT([no]); AS_NEEDED_LDFLAGS=])
+LDFLAGS=$qcowcache_saved_LDFLAGS
+AC_SUBST([AS_NEEDED_LDFLAGS])])
