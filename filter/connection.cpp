@@ -16,6 +16,7 @@ Connection::InUse Connection::in_use() {
   std::optional<Handle::Use> use = handle_ ? handle_->use() : std::nullopt;
   if (!use)
     throw std::system_error(ESHUTDOWN, std::generic_category(), "the connection has ended");
+  handle_->show();
   return {*membership_.cache, std::move(*use)};
 }
 

@@ -4,26 +4,69 @@
 
 namespace qcowcache {
 
+/// What the background writers see of a cache.
+class Export::Source final : public Writeback::Source {
+public:
+  Source(std::shared_ptr<Export> owner, std::shared_ptr<WriteCache> cache) noexcept
+      : owner_(std::move(owner)), cache_(std::move(cache)) {}
+
+  void write_one() override {
+    const std::optional<WriteCache::Next> next = cache_->next();
+    if (!next)
+      return;
+    if (const std::optional<Handle::Use> use = owner_->borrow(*cache_, *next))
+      cache_->write_next(use->storage());
+    else
+      cache_->give_up(*next);
+  }
+  [[nodiscard]] std::size_t waiting() const override { return cache_->waiting(); }
+  void tick() override { cache_->tick(); }
+
+private:
+  // In this order: the cache uses the export's range lock, so it goes first.
+  const std::shared_ptr<Export> owner_;
+  const std::shared_ptr<WriteCache> cache_;
+};
+
 std::optional<std::uint64_t> Export::shared_size() const {
   std::optional<std::uint64_t> largest;
-  for (const std::shared_ptr<Handle>& handle : handles_) {
-    if (handle->capabilities().can_multi_conn)
-      largest = std::max(largest.value_or(0), handle->capabilities().size);
+  for (const Member& member : members_) {
+    if (member.cache == shared_cache_)
+      largest = std::max(largest.value_or(0), member.handle->capabilities().size);
   }
   return largest;
 }
 
 std::shared_ptr<WriteCache> Export::make_cache(const Capabilities& capabilities) {
-  // The cache's address identifies it to the others; it is set before anybody can use the cache.
-  const auto self = std::make_shared<const WriteCache*>(nullptr);
+  // What the cache's callbacks need to know of the cache itself, set before anybody can use it.
+  struct Self {
+    const WriteCache* cache = nullptr;
+    std::weak_ptr<Writeback::Source> source;
+  };
+  const auto self = std::make_shared<Self>();
   WriteCache::Settings settings;
   settings.cluster_size = settings_.cluster_size;
+  settings.max_write = settings_.max_write;
+  settings.expire = settings_.expire;
   settings.changed_storage = [this, self](const ByteRange& range) {
-    changed_storage(*self, range);
+    changed_storage(self->cache, range);
   };
-  auto cache = std::make_shared<WriteCache>(std::move(settings), capabilities, ranges_, budget_);
-  *self = cache.get();
-  caches_.push_back(cache);
+  if (settings_.writeback != nullptr) {
+    settings.wake_writer = [writeback = settings_.writeback, self] {
+      if (const std::shared_ptr<Writeback::Source> source = self->source.lock())
+        writeback->wake(source);
+    };
+  }
+  const auto cache =
+      std::make_shared<WriteCache>(std::move(settings), capabilities, ranges_, budget_);
+  std::shared_ptr<Writeback::Source> source;
+  self->cache = cache.get();
+  if (settings_.writeback != nullptr) {
+    source = std::make_shared<Source>(shared_from_this(), cache);
+    self->source = source;
+    settings_.writeback->add(source);
+  }
+  caches_.push_back({cache, source});
   budget_.add_holder(cache);
   return cache;
 }
@@ -44,15 +87,16 @@ std::shared_ptr<WriteCache> Export::attach(const std::shared_ptr<Handle>& handle
     cache = shared_cache_;
     cache->set_size(std::max(shared_size().value_or(0), capabilities.size));
   }
-  handles_.push_back(handle);
+  members_.push_back({handle, cache});
   return cache;
 }
 
 void Export::detach(const std::shared_ptr<Handle>& handle,
                     const std::shared_ptr<WriteCache>& cache) {
   const std::lock_guard lock(mutex_);
-  std::erase(handles_, handle);
+  std::erase_if(members_, [&](const Member& member) { return member.handle == handle; });
   if (cache != shared_cache_) {
+    cache->forget_all(); // a background writer may hold on to the cache a moment longer
     const Unsaved lost = cache->unsaved();
     if (lost.bytes > 0)
       settings_.report_loss(name_, lost);
@@ -68,34 +112,58 @@ void Export::detach(const std::shared_ptr<Handle>& handle,
 
 void Export::remove(const std::shared_ptr<WriteCache>& cache) {
   const std::shared_ptr<WriteCache> removed = cache; // `cache` may be the member reset below
-  std::erase(caches_, removed);
+  const auto entry = std::ranges::find(caches_, removed, &Entry::cache);
+  if (entry != caches_.end()) {
+    if (const std::shared_ptr<Writeback::Source> source = entry->source.lock())
+      settings_.writeback->remove(source);
+    caches_.erase(entry);
+  }
   if (shared_cache_ == removed)
     shared_cache_.reset();
 }
 
+std::optional<Handle::Use> Export::borrow(const WriteCache& cache,
+                                          const WriteCache::Next& next) const {
+  const std::lock_guard lock(mutex_);
+  const std::uint64_t end = std::min(next.range.end, cache.size());
+  for (const bool preferred : {true, false}) {
+    for (const Member& member : members_) {
+      const Capabilities& capabilities = member.handle->capabilities();
+      const bool can =
+          member.cache.get() == &cache && capabilities.can_write && capabilities.size >= end;
+      const bool wrote_last = member.handle->is(next.writer);
+      if (can && (wrote_last != next.was_refused) == preferred) {
+        if (std::optional<Handle::Use> use = member.handle->borrow())
+          return use;
+      }
+    }
+  }
+  return std::nullopt;
+}
+
 void Export::changed_storage(const WriteCache* by, const ByteRange& range) const {
-  std::vector<std::shared_ptr<WriteCache>> others;
+  std::vector<Entry> others;
   {
     const std::lock_guard lock(mutex_);
     if (caches_.size() == 1)
       return;
     others = caches_;
   }
-  for (const std::shared_ptr<WriteCache>& cache : others) {
-    if (cache.get() != by)
-      cache->forget(range);
+  for (const Entry& entry : others) {
+    if (entry.cache.get() != by)
+      entry.cache->forget(range);
   }
 }
 
 bool Export::disposable() const {
   const std::lock_guard lock(mutex_);
-  return handles_.empty() && caches_.empty();
+  return members_.empty() && caches_.empty();
 }
 
 void Export::report_left() const {
   const std::lock_guard lock(mutex_);
-  for (const std::shared_ptr<WriteCache>& cache : caches_) {
-    const Unsaved lost = cache->unsaved();
+  for (const Entry& entry : caches_) {
+    const Unsaved lost = entry.cache->unsaved();
     if (lost.bytes > 0)
       settings_.report_loss(name_, lost);
   }

@@ -4,7 +4,9 @@
 #include "memory_budget.hpp"
 #include "range_lock.hpp"
 #include "write_cache.hpp"
+#include "writeback.hpp"
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -23,11 +25,15 @@ namespace qcowcache {
 /// disk, the range lock is common to all, and what one changes the others forget.
 ///
 /// Thread safe.
-class Export {
+class Export : public std::enable_shared_from_this<Export> {
 public:
   struct Settings {
-    /// As `WriteCache::Settings::cluster_size`.
+    /// As in `WriteCache::Settings`.
     std::optional<std::uint64_t> cluster_size;
+    std::uint64_t max_write = std::uint64_t{1024} * 1024;
+    std::optional<std::chrono::milliseconds> expire;
+    /// The background writers, which outlive the export; nullptr: requests write themselves.
+    Writeback* writeback = nullptr;
     /// Tells the operator of bytes that were acknowledged and are lost. Must not throw.
     std::function<void(const std::string& export_name, const Unsaved& lost)> report_loss;
   };
@@ -43,16 +49,31 @@ public:
   /// same size, and are reported lost where it is not. REQUIRES: the handle is retired.
   void detach(const std::shared_ptr<Handle>& handle, const std::shared_ptr<WriteCache>& cache);
 
+  /// A connection whose storage can take the unit that `cache` wants written: the one that last
+  /// wrote to it, or another when storage refused it there; nothing when there is none.
+  std::optional<Handle::Use> borrow(const WriteCache& cache, const WriteCache::Next& next) const;
+
   /// Nobody is connected and no bytes are left.
   [[nodiscard]] bool disposable() const;
   /// Reports all that is left as lost: the server ends.
   void report_left() const;
 
 private:
+  struct Member {
+    std::shared_ptr<Handle> handle;
+    std::shared_ptr<WriteCache> cache;
+  };
+  struct Entry {
+    std::shared_ptr<WriteCache> cache;
+    /// Owned by the background writers.
+    std::weak_ptr<Writeback::Source> source;
+  };
+  class Source;
+
   std::shared_ptr<WriteCache> make_cache(const Capabilities& capabilities);
   void remove(const std::shared_ptr<WriteCache>& cache);
   void changed_storage(const WriteCache* by, const ByteRange& range) const;
-  /// The size that the largest connection sees which shares the cache; 0 when there is none.
+  /// The size that the largest connection sees which shares the cache; nothing when there is none.
   [[nodiscard]] std::optional<std::uint64_t> shared_size() const;
 
   const std::string name_;
@@ -61,8 +82,8 @@ private:
   RangeLock ranges_;
 
   mutable std::mutex mutex_;
-  std::vector<std::shared_ptr<Handle>> handles_;
-  std::vector<std::shared_ptr<WriteCache>> caches_;
+  std::vector<Member> members_;
+  std::vector<Entry> caches_;
   std::shared_ptr<WriteCache> shared_cache_;
 };
 

@@ -2,6 +2,7 @@
 
 #include "storage.hpp"
 
+#include <atomic>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -36,8 +37,12 @@ public:
 
   explicit Handle(std::unique_ptr<Storage> storage) noexcept : storage_(std::move(storage)) {}
 
-  /// Nothing once the handle is retired.
+  /// For the connection itself. Nothing once the handle is retired.
   [[nodiscard]] std::optional<Use> use();
+  /// For others, who may have it once the connection has made its first data request (`show`):
+  /// before that nbdkit may still be busy preparing it.
+  [[nodiscard]] std::optional<Use> borrow();
+  void show() noexcept { shown_.store(true, std::memory_order_release); }
   /// Allows no new use and waits until the last one has ended. May be called again.
   void retire() noexcept;
 
@@ -56,6 +61,7 @@ private:
   std::condition_variable unused_;
   std::size_t users_ = 0;
   bool retired_ = false;
+  std::atomic<bool> shown_ = false;
 };
 
 } // namespace qcowcache

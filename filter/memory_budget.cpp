@@ -29,6 +29,14 @@ std::size_t MemoryBudget::limit() const {
   return limit_;
 }
 
+void MemoryBudget::set_limit(std::size_t limit) {
+  const std::lock_guard lock(mutex_);
+  limit_ = limit;
+  drop_kept_until(limit_);
+  ++changes_;
+  changed_.notify_all();
+}
+
 std::size_t MemoryBudget::used() const {
   const std::lock_guard lock(mutex_);
   return used_;
@@ -70,6 +78,8 @@ std::shared_ptr<MemoryBudget::Buffer> MemoryBudget::try_take(std::size_t size, s
 void MemoryBudget::give_back(Buffer::Memory memory, std::size_t size, std::size_t extra) noexcept {
   const std::lock_guard lock(mutex_);
   used_ -= size + extra;
+  ++changes_;
+  changed_.notify_all();
   if (used_ + kept_ + size > limit_)
     return;
   try {
@@ -95,24 +105,67 @@ void MemoryBudget::add_holder(const std::shared_ptr<Holder>& holder) {
   holders_.push_back(holder);
 }
 
-bool MemoryBudget::reclaim(std::size_t bytes) {
-  std::vector<std::shared_ptr<Holder>> holders;
-  {
-    const std::lock_guard lock(mutex_);
-    holders.reserve(holders_.size());
-    for (const std::weak_ptr<Holder>& known : holders_) {
-      if (std::shared_ptr<Holder> holder = known.lock())
-        holders.push_back(std::move(holder));
-    }
-    if (!holders_.empty()) // the next one that needs memory begins with another holder
-      std::rotate(holders_.begin(), holders_.begin() + 1, holders_.end());
+std::vector<std::shared_ptr<MemoryBudget::Holder>> MemoryBudget::holders() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::shared_ptr<Holder>> living;
+  living.reserve(holders_.size());
+  for (const std::weak_ptr<Holder>& known : holders_) {
+    if (std::shared_ptr<Holder> holder = known.lock())
+      living.push_back(std::move(holder));
   }
+  return living;
+}
+
+bool MemoryBudget::reclaim(std::size_t bytes) {
   std::size_t given = 0;
-  for (const std::shared_ptr<Holder>& holder : holders) {
+  for (const std::shared_ptr<Holder>& holder : holders()) {
     if (given < bytes)
       given += holder->release_clean(bytes - given);
   }
+  const std::lock_guard lock(mutex_);
+  if (!holders_.empty()) // the next one that needs memory begins with another holder
+    std::rotate(holders_.begin(), holders_.begin() + 1, holders_.end());
   return given > 0;
+}
+
+bool MemoryBudget::press(Holder& own) {
+  if (own.writing())
+    return true;
+  if (own.oldest()) {
+    own.queue_oldest();
+    return true;
+  }
+  std::shared_ptr<Holder> oldest;
+  std::optional<Holder::Clock::time_point> since;
+  for (const std::shared_ptr<Holder>& holder : holders()) {
+    if (holder->writing())
+      return true;
+    const std::optional<Holder::Clock::time_point> unused_since = holder->oldest();
+    if (unused_since && (!since || *unused_since < *since)) {
+      since = unused_since;
+      oldest = holder;
+    }
+  }
+  if (!oldest)
+    return false;
+  oldest->queue_oldest();
+  return true;
+}
+
+std::uint64_t MemoryBudget::changes() const {
+  const std::lock_guard lock(mutex_);
+  return changes_;
+}
+
+void MemoryBudget::note_change() noexcept {
+  const std::lock_guard lock(mutex_);
+  ++changes_;
+  changed_.notify_all();
+}
+
+void MemoryBudget::wait_for_change(std::uint64_t seen, std::chrono::milliseconds longest) const {
+  std::unique_lock lock(mutex_);
+  changed_.wait_for(lock, longest, [&] { return changes_ != seen; });
 }
 
 } // namespace qcowcache

@@ -1,9 +1,13 @@
 #pragma once
 
+#include <chrono>
+#include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -47,18 +51,24 @@ public:
     std::size_t extra_;
   };
 
-  /// Somebody who holds memory that can be given back without writing anything.
+  /// Somebody who holds memory and can give it back. Thread safe; called without any mutex held.
   class Holder {
   public:
-    virtual ~Holder() = default;
-    /// Gives back up to about `bytes` bytes of clean data, longest unused first.
-    /// Returns how many. Thread safe; called without any mutex held.
-    virtual std::size_t release_clean(std::size_t bytes) = 0;
+    using Clock = std::chrono::steady_clock;
 
-  protected:
     Holder() = default;
-    Holder(const Holder&) = default;
-    Holder& operator=(const Holder&) = default;
+    Holder(const Holder&) = delete;
+    Holder& operator=(const Holder&) = delete;
+    virtual ~Holder() = default;
+
+    /// Gives back up to about `bytes` bytes of clean data, longest unused first. Returns how many.
+    virtual std::size_t release_clean(std::size_t bytes) = 0;
+    /// Whether something is being written, or waits to be, in the background.
+    [[nodiscard]] virtual bool writing() const = 0;
+    /// When the data that `queue_oldest` would take was last used; nothing when it would take none.
+    [[nodiscard]] virtual std::optional<Clock::time_point> oldest() const = 0;
+    /// Has the data that has been unused longest written in the background.
+    virtual void queue_oldest() = 0;
   };
 
   /// `limit` in bytes.
@@ -68,6 +78,8 @@ public:
   ~MemoryBudget() = default;
 
   [[nodiscard]] std::size_t limit() const;
+  /// Memory beyond a lower limit comes back as holders give it up.
+  void set_limit(std::size_t limit);
   /// Bytes handed out now; buffers kept for later do not count.
   [[nodiscard]] std::size_t used() const;
 
@@ -86,11 +98,25 @@ public:
   /// REQUIRES: the caller holds no mutex.
   bool reclaim(std::size_t bytes);
 
+  /// Sees to it that some data of `own`, or else of another holder, is being written. Returns false
+  /// when there is none: no memory will come back by waiting. REQUIRES: the caller holds no mutex.
+  bool press(Holder& own);
+
+  /// Grows whenever memory may have become available: a buffer came back, data became clean, or
+  /// storage refused some.
+  [[nodiscard]] std::uint64_t changes() const;
+  void note_change() noexcept;
+  /// Waits until `changes` is not `seen`, or until `longest` has passed.
+  void wait_for_change(std::uint64_t seen, std::chrono::milliseconds longest) const;
+
 private:
+  [[nodiscard]] std::vector<std::shared_ptr<Holder>> holders() const;
   void give_back(Buffer::Memory memory, std::size_t size, std::size_t extra) noexcept;
   void drop_kept_until(std::size_t wanted) noexcept;
 
   mutable std::mutex mutex_;
+  mutable std::condition_variable changed_;
+  std::uint64_t changes_ = 0;
   std::size_t limit_;
   std::size_t used_ = 0;
   std::size_t kept_ = 0;

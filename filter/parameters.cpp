@@ -3,11 +3,16 @@
 #include <bit>
 #include <cctype>
 #include <charconv>
+#include <filesystem>
 
 namespace qcowcache {
 
 namespace {
 
+constexpr std::uint64_t least_max_write = std::uint64_t{64} * 1024;
+constexpr std::uint64_t most_max_write = std::uint64_t{32} * 1024 * 1024;
+constexpr std::uint64_t most_writers = 64;
+constexpr std::uint64_t most_expire = 86400;
 constexpr std::uint64_t least_cluster_size = 512;
 constexpr std::uint64_t most_cluster_size = std::uint64_t{2} * 1024 * 1024;
 
@@ -15,6 +20,14 @@ constexpr std::uint64_t most_cluster_size = std::uint64_t{2} * 1024 * 1024;
   std::string line;
   line.append(key).append("=").append(value).append(": must be ").append(allowed);
   throw ParameterError(line);
+}
+
+std::optional<std::uint64_t> parse_number(std::string_view text, std::uint64_t most) noexcept {
+  std::uint64_t number = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  if (error != std::errc{} || end != text.data() + text.size() || number > most)
+    return std::nullopt;
+  return number;
 }
 
 } // namespace
@@ -49,7 +62,12 @@ std::optional<std::uint64_t> parse_size(std::string_view text) noexcept {
 const char* Parameters::help() noexcept {
   return "qcowcache-size=<SIZE>          Memory for cached data (default 64M, 0: cache nothing).\n"
          "qcowcache-cluster-size=<SIZE>  Host cluster size, 512 to 2M (default auto: as the qcow2\n"
-         "                               header says, and without one nothing is cached).";
+         "                               header says, and without one nothing is cached).\n"
+         "qcowcache-size-file=<FILE>     Follow the size in this file instead.\n"
+         "qcowcache-writers=<N>          Background writers, 0 to 64 (default 4).\n"
+         "qcowcache-max-write=<SIZE>     Largest merged write, 64K to 32M (default 1M).\n"
+         "qcowcache-expire=<SECS>        Write partial units after this idle time, up to 86400\n"
+         "                               (default 5, 0: never by time).";
 }
 
 bool Parameters::set(std::string_view key, std::string_view value) {
@@ -72,10 +90,40 @@ bool Parameters::set(std::string_view key, std::string_view value) {
     cluster_size_ = size;
     return true;
   }
+  if (key == "qcowcache-writers") {
+    const std::optional<std::uint64_t> number = parse_number(value, most_writers);
+    if (!number)
+      refuse(key, value, "a number from 0 to 64");
+    writers_ = static_cast<unsigned>(*number);
+    return true;
+  }
+  if (key == "qcowcache-max-write") {
+    const std::optional<std::uint64_t> size = parse_size(value);
+    if (!size || *size < least_max_write || *size > most_max_write)
+      refuse(key, value, "a size from 64K to 32M");
+    max_write_ = *size;
+    return true;
+  }
+  if (key == "qcowcache-expire") {
+    const std::optional<std::uint64_t> seconds = parse_number(value, most_expire);
+    if (!seconds)
+      refuse(key, value, "a number of seconds from 0 to 86400");
+    expire_.reset();
+    if (*seconds > 0)
+      expire_ = std::chrono::seconds(*seconds);
+    return true;
+  }
+  if (key == "qcowcache-size-file") {
+    if (value.empty())
+      refuse(key, value, "the name of a file");
+    size_file_ = std::filesystem::absolute(value).string(); // nbdkit changes directory later
+    return true;
+  }
   if (key.substr(0, prefix.size()) == prefix) {
     std::string line(key);
-    line.append("=").append(value).append(
-        ": no such parameter; allowed: qcowcache-size, qcowcache-cluster-size");
+    line.append("=").append(value).append(": no such parameter; allowed: cluster-size, expire, "
+                                          "max-write, size, size-file and writers, "
+                                          "each after qcowcache-");
     throw ParameterError(line);
   }
   return false;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
@@ -32,9 +33,22 @@ public:
   /// Bytes, a power of two; nothing (`auto`): from the qcow2 header.
   [[nodiscard]] std::optional<std::uint64_t> cluster_size() const noexcept { return cluster_size_; }
 
+  /// Background writers; 0: none.
+  [[nodiscard]] unsigned writers() const noexcept { return writers_; }
+  /// Bytes; the largest write that units are merged into.
+  [[nodiscard]] std::uint64_t max_write() const noexcept { return max_write_; }
+  /// After how long an idle partial unit is left behind; nothing: never by time.
+  [[nodiscard]] std::optional<std::chrono::seconds> expire() const noexcept { return expire_; }
+  /// Absolute path of a file that holds a size, or empty.
+  [[nodiscard]] const std::string& size_file() const noexcept { return size_file_; }
+
 private:
   std::uint64_t size_ = std::uint64_t{64} * 1024 * 1024;
   std::optional<std::uint64_t> cluster_size_;
+  unsigned writers_ = 4;
+  std::uint64_t max_write_ = std::uint64_t{1024} * 1024;
+  std::optional<std::chrono::seconds> expire_ = std::chrono::seconds(5);
+  std::string size_file_;
 };
 
 /// A number of bytes as nbdkit writes it: digits, then nothing or one of B, K, M, G, T, P, E

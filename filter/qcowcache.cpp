@@ -6,6 +6,8 @@
 #include "memory_budget.hpp"
 #include "nbdkit_storage.hpp"
 #include "parameters.hpp"
+#include "size_file.hpp"
+#include "writeback.hpp"
 
 #include <nbdkit-filter.h>
 
@@ -15,6 +17,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <string>
 #include <system_error>
 
@@ -42,8 +45,30 @@ void report_loss(const std::string& export_name, const Unsaved& lost) {
 /// All that lives as long as nbdkit serves.
 class Server {
 public:
-  explicit Server(const Parameters& parameters)
-      : budget_(parameters.size()), exports_({parameters.cluster_size(), report_loss}, budget_) {}
+  Server(const Parameters& parameters, int thread_model)
+      : budget_(parameters.size()),
+        writers_(thread_model == NBDKIT_THREAD_MODEL_PARALLEL ? parameters.writers() : 0),
+        writeback_([this] { follow_size(); }),
+        exports_({parameters.cluster_size(), parameters.max_write(), parameters.expire(),
+                  writers_ > 0 ? &writeback_ : nullptr, report_loss},
+                 budget_) {
+    if (!parameters.size_file().empty()) {
+      size_file_.emplace(parameters.size_file(),
+                         [](const std::string& line) { nbdkit_error("%s", line.c_str()); });
+      follow_size();
+    }
+  }
+
+  void start() { writeback_.start(writers_); }
+  void stop() noexcept { writeback_.stop(); }
+
+  /// Takes over a new size from qcowcache-size-file.
+  void follow_size() {
+    if (!size_file_)
+      return;
+    if (const std::optional<std::uint64_t> size = size_file_->changed())
+      budget_.set_limit(*size);
+  }
 
   Connection* open(std::string export_name) {
     auto connection = std::make_unique<Connection>(exports_, std::move(export_name));
@@ -66,6 +91,11 @@ public:
 
 private:
   MemoryBudget budget_;
+  std::optional<SizeFile> size_file_;
+  /// nbdkit guards a plugin that is not parallel with locks that only its own threads hold, so
+  /// background writers are for parallel ones only.
+  const unsigned writers_;
+  Writeback writeback_;
   Exports exports_;
   std::mutex mutex_;
   /// Owned here and not by nbdkit, which does not close what SIGTERM cuts off.
@@ -139,13 +169,21 @@ int filter_config_complete(nbdkit_next_config_complete* next, nbdkit_backend* ba
   return next(backend);
 }
 
-int filter_get_ready(int /*thread_model*/) {
-  return errno_of("get_ready", [] { server = std::make_unique<Server>(parameters); }) == 0 ? 0 : -1;
+int filter_get_ready(int thread_model) {
+  const int error =
+      errno_of("get_ready", [&] { server = std::make_unique<Server>(parameters, thread_model); });
+  return error == 0 ? 0 : -1;
+}
+
+int filter_after_fork(nbdkit_backend* /*backend*/) {
+  return errno_of("background writers", [] { server->start(); }) == 0 ? 0 : -1;
 }
 
 void filter_cleanup(nbdkit_backend* /*backend*/) {
-  if (server)
-    errno_of("cleanup", [] { server->report_left(); });
+  if (!server)
+    return;
+  server->stop();
+  errno_of("cleanup", [] { server->report_left(); });
 }
 
 void* filter_open(nbdkit_next_open* next, nbdkit_context* context, int readonly,
@@ -211,6 +249,7 @@ int filter_pread(nbdkit_next* /*next*/, void* handle, void* buffer, std::uint32_
 int filter_pwrite(nbdkit_next* /*next*/, void* handle, const void* buffer, std::uint32_t count,
                   std::uint64_t offset, std::uint32_t flags, int* err) {
   return serve("write", err, [&] {
+    server->follow_size();
     const Connection::InUse in_use = connection_of(handle).in_use();
     in_use.cache.write(in_use.use.storage(), offset, {static_cast<const std::byte*>(buffer), count},
                        (flags & NBDKIT_FLAG_FUA) != 0);
@@ -219,6 +258,7 @@ int filter_pwrite(nbdkit_next* /*next*/, void* handle, const void* buffer, std::
 
 int filter_flush(nbdkit_next* /*next*/, void* handle, std::uint32_t /*flags*/, int* err) {
   return serve("flush", err, [&] {
+    server->follow_size();
     const Connection::InUse in_use = connection_of(handle).in_use();
     in_use.cache.flush(in_use.use.storage());
   });
@@ -303,6 +343,7 @@ nbdkit_filter make_filter() {
   filter.config_complete = filter_config_complete;
   filter.config_help = Parameters::help();
   filter.get_ready = filter_get_ready;
+  filter.after_fork = filter_after_fork;
   filter.cleanup = filter_cleanup;
   filter.open = filter_open;
   filter.close = filter_close;

@@ -8,7 +8,7 @@ namespace qcowcache {
 namespace {
 
 /// nbdkit itself writes the zeros where a plugin cannot, and gets large requests wrong.
-constexpr std::uint64_t largest_zero = 32 * 1024 * 1024;
+constexpr std::uint64_t largest_zero = std::uint64_t{32} * 1024 * 1024;
 /// nbdkit's count is 32 bits wide; a round number below that keeps pieces aligned.
 constexpr std::uint64_t largest_request = std::uint64_t{1} << 31U;
 

@@ -100,7 +100,8 @@ public:
   Turn turn = Turn::none;
   /// Storage refused it; it is not tried again but for a reason (a flush, a need for memory, time).
   bool was_refused = false;
-  /// When a client last wrote to it, and how many units had been completed by then.
+  /// When a client last wrote to it, or storage last refused it, and how many units had been
+  /// completed by then.
   Clock::time_point touched;
   std::uint64_t completed_before = 0;
   /// The connection that last wrote to it; never dereferenced.

@@ -12,9 +12,9 @@ namespace {
 
 /// Gaps that a client's read has to fetch from storage are fetched together when they are no
 /// farther apart than this: a longer read is cheaper than another request.
-constexpr std::uint64_t worth_reading_over = 64 * 1024;
+constexpr std::uint64_t worth_reading_over = std::uint64_t{64} * 1024;
 /// Memory for what a request reads or completes beside the client's own buffer, at most.
-constexpr std::uint64_t largest_bounce = 1024 * 1024;
+constexpr std::uint64_t largest_bounce = std::uint64_t{1024} * 1024;
 
 std::uint64_t unit_size_for(std::uint64_t cluster_size, std::uint64_t preferred) {
   return std::bit_ceil(std::max({cluster_size, WriteCache::least_unit_size, preferred}));
@@ -96,6 +96,7 @@ void WriteCache::enqueue(const Lock& /*lock*/, Unit& unit) {
   if (unit.turn != Unit::Turn::none || unit.dirty().empty())
     return;
   unit.turn = Unit::Turn::queued;
+  ++queued_;
   queue_.push_back(unit);
   if (settings_.wake_writer)
     settings_.wake_writer();
@@ -105,10 +106,10 @@ void WriteCache::enqueue(const Lock& /*lock*/, Unit& unit) {
 void WriteCache::settle(const Lock& lock, Unit& unit) {
   if (!unit.clean() || unit.turn == Unit::Turn::claimed)
     return;
-  unit.queue_hook.unlink();
-  unit.turn = Unit::Turn::none;
+  leave_queue(lock, unit, Unit::Turn::none);
   unit.was_refused = false;
   progress_.notify_all();
+  budget_.note_change();
   if (unit.fragmented()) {
     unit.forget(unit.range());
     unit.begin_anew();
@@ -122,13 +123,63 @@ void WriteCache::settle(const Lock& lock, Unit& unit) {
     clean_.push_back(unit);
 }
 
-void WriteCache::note_completed(const Lock& lock) {
-  ++units_completed_;
-  for (auto it = unclean_.begin(); it != unclean_.end(); ++it) {
-    if (units_completed_ - it->completed_before < left_behind_after)
+void WriteCache::leave_queue(const Lock& /*lock*/, Unit& unit, Unit::Turn turn) noexcept {
+  queued_ -= unit.turn == Unit::Turn::queued ? 1 : 0;
+  claimed_ -= unit.turn == Unit::Turn::claimed ? 1 : 0;
+  claimed_ += turn == Unit::Turn::claimed ? 1 : 0;
+  unit.queue_hook.unlink();
+  unit.turn = turn;
+}
+
+/// The one rule for partial units that their writer will most likely not come back to.
+void WriteCache::queue_left_behind(const Lock& lock, Unit::Clock::time_point now) {
+  for (Unit& unit : unclean_) {
+    const bool others_followed = units_completed_ - unit.completed_before >= left_behind_after;
+    const bool idle = settings_.expire && now - unit.touched >= *settings_.expire;
+    if (!others_followed && !idle)
+      return; // those behind it were used later
+    if (idle || !unit.was_refused)
+      enqueue(lock, unit);
+  }
+}
+
+void WriteCache::tick() {
+  const Lock lock(mutex_);
+  queue_left_behind(lock, Unit::Clock::now());
+  if (has_layout_ && !stopped_ && !caching(lock)) {
+    for (Unit& unit : unclean_)
+      enqueue(lock, unit);
+  }
+}
+
+bool WriteCache::writing() const {
+  const Lock lock(mutex_);
+  return queued_ + claimed_ > 0;
+}
+
+std::size_t WriteCache::waiting() const {
+  const Lock lock(mutex_);
+  return queued_;
+}
+
+std::optional<WriteCache::Clock::time_point> WriteCache::oldest() const {
+  const Lock lock(mutex_);
+  if (!settings_.wake_writer)
+    return std::nullopt; // nobody would write it
+  for (const Unit& unit : unclean_) {
+    if (unit.turn == Unit::Turn::none && !unit.was_refused)
+      return unit.touched;
+  }
+  return std::nullopt;
+}
+
+void WriteCache::queue_oldest() {
+  const Lock lock(mutex_);
+  for (Unit& unit : unclean_) {
+    if (unit.turn == Unit::Turn::none && !unit.was_refused) {
+      enqueue(lock, unit);
       return;
-    if (!it->was_refused)
-      enqueue(lock, *it);
+    }
   }
 }
 
@@ -187,35 +238,28 @@ void WriteCache::learn_layout(Storage& storage) {
     return;
   {
     const Lock lock(mutex_);
-    if (layout_was_read_ || header_.complete(size_))
+    const bool in_vain = stopped_ || !budget_.allows_two(unit_size_, bookkeeping());
+    if (in_vain || layout_was_read_ || header_.complete(size_))
       return;
     layout_was_read_ = true;
   }
   try {
-    learn_zeros(storage, watched);
     // A whole block: what the client reads of the header next is in it.
     const ByteRange block{
         0, std::min(align_up(watched.end, capabilities.write_alignment()), capabilities.size)};
     const RangeLock::Owned owned = ranges_.own(block);
     std::vector<std::byte> data(block.size());
-    bool zeros = false;
-    {
-      const Lock lock(mutex_);
-      zeros = zero_map_.zeros(watched);
-    }
-    if (!zeros)
-      storage.read(block.begin, data);
+    storage.read(block.begin, data);
     const Lock lock(mutex_);
     ByteRanges gaps;
     std::vector<std::byte> current = data;
     copy_cached(lock, block.begin, current, gaps);
     header_.learn(block.begin, current);
     relayout(lock);
-    if (zeros || !caching(lock) || units_.contains(0))
+    if (!caching(lock) || units_.contains(0))
       return;
-    if (std::shared_ptr<Unit::Buffer> buffer = take_buffer(lock)) {
+    if (std::shared_ptr<Unit::Buffer> buffer = take_buffer(lock))
       add_unit(lock, 0, std::move(buffer)).learn(block.begin, data, nullptr);
-    }
   } catch (const std::system_error&) {
     // Storage has said why. No layout is known, so nothing is cached until the header is written.
   }
@@ -323,9 +367,10 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
     unclean_.push_back(unit);
     if (unit.full(size_) && !unit.was_refused && unit.turn == Unit::Turn::none) {
       enqueue(lock, unit);
-      note_completed(lock);
+      ++units_completed_;
     }
   });
+  queue_left_behind(lock, now);
   header_.wrote(offset, data);
   header_changed(lock, range);
   return Absorbed::held;
@@ -452,9 +497,24 @@ bool WriteCache::make_room(Storage& storage) {
     const Lock lock(mutex_);
     needed = unit_size_ + bookkeeping();
   }
+  const std::uint64_t seen = budget_.changes();
   if (budget_.reclaim(needed))
     return true;
+  if (!settings_.wake_writer)
+    return write_oldest(storage);
+  if (!budget_.press(*this))
+    return false;
+  if (writing()) {
+    budget_.wait_for_change(seen, std::chrono::hours(1));
+    return true;
+  }
+  // The memory is with other exports, whose storage may hang: this one's clients do not wait for
+  // that longer than they can bear.
+  budget_.wait_for_change(seen, std::chrono::seconds(1));
+  return budget_.changes() != seen;
+}
 
+bool WriteCache::write_oldest(Storage& storage) {
   Lock lock(mutex_);
   bool others_write = false;
   for (Unit& unit : unclean_) {

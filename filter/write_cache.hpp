@@ -11,6 +11,7 @@
 #include <boost/container/small_vector.hpp>
 #include <boost/intrusive/list.hpp>
 
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -61,9 +62,12 @@ public:
     /// Bytes, a power of two; nothing: look for a qcow2 header, and cache only where there is one.
     std::optional<std::uint64_t> cluster_size;
     /// Bytes; the largest write that several units are merged into.
-    std::uint64_t max_write = 1024 * 1024;
+    std::uint64_t max_write = std::uint64_t{1024} * 1024;
+    /// A partial unit that nobody has written to for so long is left behind; nothing: never by
+    /// time.
+    std::optional<std::chrono::milliseconds> expire;
     /// Called whenever a unit has been queued, with the cache's mutex held, to wake those who call
-    /// `write_next` in the background. Nothing: the thread that queued it writes it.
+    /// `write_next` in the background. Nothing: the request that queued it writes it.
     std::function<void()> wake_writer;
     /// Called after storage was changed in a range, by the thread that still owns it, with no mutex
     /// held; other caches over the same storage must then `forget` it.
@@ -71,7 +75,7 @@ public:
   };
 
   /// Units that are at least this large are worth a write on any storage.
-  static constexpr std::uint64_t least_unit_size = 64 * 1024;
+  static constexpr std::uint64_t least_unit_size = std::uint64_t{64} * 1024;
   /// A partial unit that nobody has written to since this many later units were completed is left
   /// behind: qcow2's allocator has moved on. Measured with 64 backup workers: 0.04 % of appends
   /// come after 16 later units, none after 24.
@@ -122,8 +126,16 @@ public:
   struct Next {
     const void* writer = nullptr;
     ByteRange range;
+    bool was_refused = false;
   };
   [[nodiscard]] std::optional<Next> next() const;
+  /// Nobody can write that unit now: it is treated as one that storage refused.
+  void give_up(const Next& next);
+  /// How many units wait to be written.
+  [[nodiscard]] std::size_t waiting() const;
+  /// Queues what has been left behind by time, what storage refused among it, and whatever the
+  /// budget has become too small for. To be called now and then where others write.
+  void tick();
 
   /// Writes all that was acknowledged before the call, waiting for others who write some of it.
   /// Storage's errors do not end it. Returns what is in memory only when it is done.
@@ -157,6 +169,9 @@ public:
   [[nodiscard]] bool caching() const;
 
   std::size_t release_clean(std::size_t bytes) override;
+  [[nodiscard]] bool writing() const override;
+  [[nodiscard]] std::optional<Clock::time_point> oldest() const override;
+  void queue_oldest() override;
 
 private:
   using Lock = std::unique_lock<std::mutex>;
@@ -185,7 +200,7 @@ private:
   Unit& add_unit(const Lock&, std::uint64_t begin, std::shared_ptr<Unit::Buffer> buffer);
   void enqueue(const Lock&, Unit& unit);
   void settle(const Lock& lock, Unit& unit);
-  void note_completed(const Lock& lock);
+  void queue_left_behind(const Lock& lock, Unit::Clock::time_point now);
   void drop_clean(const Lock& lock);
   void drop(const Lock&, Unit& unit);
   void relayout(const Lock& lock);
@@ -208,6 +223,9 @@ private:
   void write_piece_through(Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
                            const ByteRange& blocks, bool fua);
   bool make_room(Storage& storage);
+  bool write_oldest(Storage& storage);
+  void refuse(const Lock&, Unit& unit) noexcept;
+  void leave_queue(const Lock&, Unit& unit, Unit::Turn turn) noexcept;
   bool write_busy_units(Storage& storage, const ByteRange& range);
   std::error_code write_owed(Storage& storage, std::uint64_t moment);
 
@@ -225,6 +243,8 @@ private:
   UseOrder clean_;
   /// Units that wait to be written, longest first.
   Queue queue_;
+  std::size_t queued_ = 0;
+  std::size_t claimed_ = 0;
   ZeroMap zero_map_;
   HeaderWatch header_;
   std::uint64_t size_;

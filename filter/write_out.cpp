@@ -15,7 +15,7 @@ namespace {
 
 /// Known bytes between two pieces of a unit are written along when they are no more than this:
 /// rewriting what storage has costs less than another request.
-constexpr std::uint64_t worth_writing_over = 16 * 1024;
+constexpr std::uint64_t worth_writing_over = std::uint64_t{16} * 1024;
 
 } // namespace
 
@@ -56,7 +56,7 @@ bool WriteCache::within_reach(const Lock& /*lock*/, const Unit& unit,
   return capabilities.can_write && unit.dirty().hull().end <= capabilities.size;
 }
 
-WriteCache::Job WriteCache::claim(const Lock& /*lock*/, Unit& unit) {
+WriteCache::Job WriteCache::claim(const Lock& lock, Unit& unit) {
   const std::uint64_t most = std::max<std::uint64_t>(1, settings_.max_write / unit_size_);
   const auto joins = [&](Units::iterator it, std::uint64_t begin) {
     return it != units_.end() && it->first == begin && it->second.turn == Unit::Turn::queued &&
@@ -80,10 +80,8 @@ WriteCache::Job WriteCache::claim(const Lock& /*lock*/, Unit& unit) {
   job.reserve(count);
   for (auto it = first; job.size() < count; ++it)
     job.push_back(&it->second);
-  for (Unit* claimed : job) {
-    claimed->turn = Unit::Turn::claimed;
-    claimed->queue_hook.unlink();
-  }
+  for (Unit* claimed : job)
+    leave_queue(lock, *claimed, Unit::Turn::claimed);
   return job;
 }
 
@@ -91,7 +89,28 @@ std::optional<WriteCache::Next> WriteCache::next() const {
   const Lock lock(mutex_);
   if (queue_.empty())
     return std::nullopt;
-  return Next{queue_.front().last_writer, queue_.front().range()};
+  const Unit& first = queue_.front();
+  return Next{first.last_writer, first.range(), first.was_refused};
+}
+
+void WriteCache::give_up(const Next& next) {
+  const Lock lock(mutex_);
+  const auto found = units_.find(next.range.begin);
+  if (found == units_.end() || found->second.turn != Unit::Turn::queued)
+    return;
+  leave_queue(lock, found->second, Unit::Turn::none);
+  refuse(lock, found->second);
+  progress_.notify_all();
+  budget_.note_change();
+}
+
+/// Storage will not take the unit now: it stays, and goes behind all others.
+void WriteCache::refuse(const Lock& /*lock*/, Unit& unit) noexcept {
+  unit.refused();
+  unit.touched = Unit::Clock::now();
+  unit.completed_before = units_completed_;
+  unit.hook.unlink();
+  unclean_.push_back(unit);
 }
 
 bool WriteCache::write_next(Storage& storage) {
@@ -126,7 +145,10 @@ std::error_code WriteCache::write_owed(Storage& storage, std::uint64_t moment) {
     bool others_write = false;
     for (Unit& unit : unclean_) {
       if (unit.owes(moment) && !tried.contains(unit.range().begin)) {
-        if (unit.turn == Unit::Turn::claimed)
+        // What this connection cannot reach a background writer may, through another one.
+        const bool for_others = unit.turn == Unit::Turn::queued && settings_.wake_writer &&
+                                !within_reach(lock, unit, storage);
+        if (unit.turn == Unit::Turn::claimed || for_others)
           others_write = true;
         else if (ready == nullptr)
           ready = &unit;
@@ -258,11 +280,11 @@ void WriteCache::write_segments(Storage& storage, const Segments& segments) cons
 void WriteCache::finish(const Job& job, bool stored) noexcept {
   const Lock lock(mutex_);
   for (Unit* unit : job) {
-    unit->turn = Unit::Turn::none;
+    leave_queue(lock, *unit, Unit::Turn::none);
     if (stored)
       unit->stored();
     else
-      unit->refused();
+      refuse(lock, *unit);
     const bool wanted = unit->full(size_) || !has_layout_ || wanted_unit_size_ != unit_size_;
     if (unit->clean())
       settle(lock, *unit);
@@ -270,6 +292,7 @@ void WriteCache::finish(const Job& job, bool stored) noexcept {
       enqueue(lock, *unit); // a client has written to it meanwhile
   }
   progress_.notify_all();
+  budget_.note_change();
 }
 
 } // namespace qcowcache
