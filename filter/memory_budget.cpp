@@ -46,6 +46,16 @@ bool MemoryBudget::allows_two(std::size_t size, std::size_t extra) const {
   return limit() / 2 >= size + extra;
 }
 
+void MemoryBudget::add_unclean(std::ptrdiff_t bytes) noexcept {
+  const std::lock_guard lock(mutex_);
+  unclean_ += static_cast<std::size_t>(bytes);
+}
+
+bool MemoryBudget::fair(std::size_t unclean, std::size_t more) const {
+  const std::lock_guard lock(mutex_);
+  return unclean_ + unclean + more <= limit_;
+}
+
 std::shared_ptr<MemoryBudget::Buffer> MemoryBudget::try_take(std::size_t size, std::size_t extra) {
   Buffer::Memory memory;
   {

@@ -91,6 +91,15 @@ public:
   /// std::bad_alloc when the system has no memory.
   std::shared_ptr<Buffer> try_take(std::size_t size, std::size_t extra);
 
+  /// Tells the budget how much of what was handed out holds data that storage lacks; adds up.
+  void add_unclean(std::ptrdiff_t bytes) noexcept;
+  /// Whether a holder with `unclean` such bytes may have `more`: no more than what all of them
+  /// leave free. One holder alone gets half of the memory, the next half of the rest, and so on;
+  /// nobody finds it all taken. For holders whose data nobody else can write when memory is needed.
+  /// Source: A. K. Choudhury and E. L. Hahne, "Dynamic Queue Length Thresholds for Shared-Memory
+  /// Packet Switches", 1998.
+  [[nodiscard]] bool fair(std::size_t unclean, std::size_t more) const;
+
   /// Holders are asked for clean memory by `reclaim`. They are held weakly.
   void add_holder(const std::shared_ptr<Holder>& holder);
 
@@ -120,6 +129,7 @@ private:
   std::size_t limit_;
   std::size_t used_ = 0;
   std::size_t kept_ = 0;
+  std::size_t unclean_ = 0;
   std::map<std::size_t, std::vector<Buffer::Memory>> kept_by_size_;
   std::vector<std::weak_ptr<Holder>> holders_;
 };

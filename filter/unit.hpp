@@ -98,6 +98,8 @@ public:
   void begin_anew() noexcept { written_.clear(); }
 
   Turn turn = Turn::none;
+  /// It counts as unclean in the cache's books.
+  bool counted = false;
   /// Storage refused it; it is not tried again but for a reason (a flush, a need for memory, time).
   bool was_refused = false;
   /// When a client last wrote to it, or storage last refused it, and how many units had been

@@ -30,7 +30,9 @@ WriteCache::WriteCache(Settings settings, const Capabilities& capabilities, Rang
       unit_size_(unit_size_for(settings_.cluster_size.value_or(0), preferred_)),
       wanted_unit_size_(unit_size_), has_layout_(settings_.cluster_size.has_value()) {}
 
-WriteCache::~WriteCache() = default;
+WriteCache::~WriteCache() {
+  budget_.add_unclean(-static_cast<std::ptrdiff_t>(unclean_bytes_));
+}
 
 // ---- Looking up
 
@@ -102,11 +104,27 @@ void WriteCache::enqueue(const Lock& /*lock*/, Unit& unit) {
     settings_.wake_writer();
 }
 
+void WriteCache::count_unclean(const Lock& /*lock*/, Unit& unit, bool unclean) noexcept {
+  if (unit.counted == unclean)
+    return;
+  unit.counted = unclean;
+  const auto bytes = static_cast<std::ptrdiff_t>(unit_size_ + bookkeeping());
+  unclean_bytes_ += static_cast<std::size_t>(unclean ? bytes : -bytes);
+  budget_.add_unclean(unclean ? bytes : -bytes);
+}
+
+/// Without background writers only this export's own requests write its units, so that it must
+/// leave memory for others in time.
+bool WriteCache::beyond_share(const Lock& /*lock*/) const {
+  return !settings_.wake_writer && !budget_.fair(unclean_bytes_, unit_size_ + bookkeeping());
+}
+
 /// Puts a unit, after something about it has changed, where it belongs.
 void WriteCache::settle(const Lock& lock, Unit& unit) {
   if (!unit.clean() || unit.turn == Unit::Turn::claimed)
     return;
   leave_queue(lock, unit, Unit::Turn::none);
+  count_unclean(lock, unit, false);
   unit.was_refused = false;
   progress_.notify_all();
   budget_.note_change();
@@ -339,6 +357,8 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
     const std::uint64_t begin = align_down(rest.begin, unit_size_);
     const auto found = units_.find(begin);
     if (found == units_.end()) {
+      if (beyond_share(lock))
+        return Absorbed::no_memory;
       std::shared_ptr<Unit::Buffer> buffer = take_buffer(lock);
       if (!buffer)
         return Absorbed::no_memory;
@@ -365,6 +385,7 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
     unit.last_writer = &writer;
     unit.hook.unlink();
     unclean_.push_back(unit);
+    count_unclean(lock, unit, true);
     if (unit.full(size_) && !unit.was_refused && unit.turn == Unit::Turn::none) {
       enqueue(lock, unit);
       ++units_completed_;
@@ -493,10 +514,14 @@ void WriteCache::write_piece_through(Storage& storage, std::uint64_t offset,
 
 bool WriteCache::make_room(Storage& storage) {
   std::size_t needed = 0;
+  bool greedy = false;
   {
     const Lock lock(mutex_);
     needed = unit_size_ + bookkeeping();
+    greedy = beyond_share(lock);
   }
+  if (greedy)
+    return write_oldest(storage);
   const std::uint64_t seen = budget_.changes();
   if (budget_.reclaim(needed))
     return true;

@@ -200,6 +200,8 @@ private:
   Unit& add_unit(const Lock&, std::uint64_t begin, std::shared_ptr<Unit::Buffer> buffer);
   void enqueue(const Lock&, Unit& unit);
   void settle(const Lock& lock, Unit& unit);
+  void count_unclean(const Lock&, Unit& unit, bool unclean) noexcept;
+  [[nodiscard]] bool beyond_share(const Lock&) const;
   void queue_left_behind(const Lock& lock, Unit::Clock::time_point now);
   void drop_clean(const Lock& lock);
   void drop(const Lock&, Unit& unit);
@@ -245,6 +247,8 @@ private:
   Queue queue_;
   std::size_t queued_ = 0;
   std::size_t claimed_ = 0;
+  /// Memory of units that have something storage lacks, in bytes.
+  std::size_t unclean_bytes_ = 0;
   ZeroMap zero_map_;
   HeaderWatch header_;
   std::uint64_t size_;

@@ -1,0 +1,388 @@
+# shellcheck shell=bash
+# nbdkit-qcowcache-filter: common parts of the integration tests.
+#
+# A test is a bash script that says at its top
+#
+#     source "${srcdir:-.}/functions.sh"
+#
+# and then tells its story.  It gets:
+#
+#   $FILTER   the filter under test, as --filter takes it (from the environment)
+#   $work     a directory of its own, gone when the test ends
+#
+# and everything that it starts with start_nbdkit is stopped when it ends,
+# however it ends.  Two tests can run at the same time.
+#
+# From the environment:
+#
+#   FILTER_PARAMETERS  parameters added to every server that has the filter in
+#                      its chain, to run a test with other settings
+#   CI=true            what a test "requires" must be there
+#   LONG=1             full-sized inputs
+#   KEEP=1             leave $work behind, and print where it is
+#   TEST_TIMEOUT=SECS  a test that takes longer has failed (900)
+
+set -e -u -o pipefail
+
+# A filter that hangs makes its clients hang, and a shell does not run its traps
+# while it waits for a client; so the whole process group is ended from outside.
+if [ "${QCOWCACHE_TEST_RUNS:-}" != "$0" ]; then
+    export QCOWCACHE_TEST_RUNS=$0
+    exec timeout -k 30 "${TEST_TIMEOUT:-900}" bash "$0" "$@"
+fi
+
+# The libraries' own locale would translate messages that tests look for.
+export LC_ALL=C
+
+fail ()
+{
+    echo "$(basename "$0"): FAILED: $*" >&2
+    exit 1
+}
+
+# Programs that ./bootstrap installs: without one of them the test cannot say
+# anything, and saying nothing must not look like success.
+requires_program ()
+{
+    local program
+    for program in "$@"; do
+        command -v "$program" >/dev/null ||
+            fail "$program is missing: ./bootstrap installs it"
+    done
+}
+
+# A condition of the machine (not of what is installed), as a command.  The
+# test is skipped where it does not hold, except in CI, where nothing skips.
+requires ()
+{
+    if ! "$@" </dev/null >/dev/null 2>&1; then
+        if [ "${CI:-}" = true ]; then
+            fail "this machine does not satisfy: $*"
+        fi
+        echo "$(basename "$0"): skipped: this machine does not satisfy: $*"
+        exit 77
+    fi
+}
+
+cleanup_hooks=()
+
+# cleanup_fn COMMAND...: runs when the test ends; the last one named runs first.
+cleanup_fn ()
+{
+    local quoted
+    printf -v quoted '%q ' "$@"
+    cleanup_hooks+=("$quoted")
+}
+
+run_cleanup_hooks ()
+{
+    local status=$? i
+    trap '' INT QUIT TERM HUP
+    set +e
+    for ((i = ${#cleanup_hooks[@]} - 1; i >= 0; i--)); do
+        eval "${cleanup_hooks[i]}"
+    done
+    exit "$status"
+}
+trap run_cleanup_hooks EXIT
+trap 'exit 143' INT QUIT TERM HUP
+
+remove_work ()
+{
+    if [ "${KEEP:-}" = 1 ]; then
+        echo "left in $work"
+    else
+        rm -rf "$work"
+    fi
+}
+
+[ -n "${FILTER:-}" ] ||
+    fail "FILTER must name the filter under test, e.g. FILTER=\$PWD/filter/.libs/nbdkit-qcowcache-filter.so"
+
+requires_program awk cmp jq nbdcopy nbdinfo nbdkit nbdsh qemu-img qemu-io qemu-nbd tar truncate
+: "${PYTHON:=python3}"
+"$PYTHON" -c 'import nbd' 2>/dev/null ||
+    fail "libnbd's Python module is missing for $PYTHON: ./bootstrap installs it"
+
+# Names of unix sockets are limited to 107 bytes, so this is not below the
+# build directory.
+work=$(mktemp -d "${TMPDIR:-/tmp}/qcowcache.XXXXXX")
+cleanup_fn remove_work
+
+# wait_until SECONDS COMMAND...: true as soon as COMMAND is, false if it is not
+# within that time.
+wait_until ()
+{
+    local deadline=$((SECONDS + $1 + 1))
+    shift
+    until "$@"; do
+        [ "$SECONDS" -lt "$deadline" ] || return 1
+        sleep 0.02
+    done
+}
+
+declare -A server_pid=()
+
+server_has_ended () { ! kill -0 "${server_pid[$1]}" 2>/dev/null; }
+server_is_up_or_gone () { [ -s "$work/$1.pid" ] || server_has_ended "$1"; }
+
+kill_server ()
+{
+    if [ -n "${server_pid[$1]:-}" ]; then
+        # What the server said helps to understand a failure and is gone with
+        # the rest of $work afterwards.
+        [ ! -s "$work/$1.err" ] || tail -n 20 "$work/$1.err" | sed "s/^/$1 said: /" >&2
+        kill -KILL "${server_pid[$1]}" 2>/dev/null
+        wait "${server_pid[$1]}" 2>/dev/null
+        unset "server_pid[$1]"
+    fi
+}
+
+# start_nbdkit NAME ARGUMENT...: nbdkit in the background on $work/NAME.sock;
+# returns when it serves.  What it prints goes to $work/NAME.err.
+start_nbdkit ()
+{
+    local name=$1 argument parameters=()
+    shift
+    for argument in "$@"; do
+        if [ "$argument" = "--filter=$FILTER" ]; then
+            read -r -a parameters <<<"${FILTER_PARAMETERS:-}"
+        fi
+    done
+
+    rm -f "$work/$name.pid" "$work/$name.sock"
+    nbdkit -f -P "$work/$name.pid" -U "$work/$name.sock" "$@" "${parameters[@]}" \
+        >"$work/$name.err" 2>&1 </dev/null &
+    server_pid[$name]=$!
+    cleanup_fn kill_server "$name"
+    wait_until 30 server_is_up_or_gone "$name" ||
+        fail "nbdkit $name did not start to serve"
+    if server_has_ended "$name"; then
+        fail "nbdkit $name ended instead of serving"
+    fi
+}
+
+# The address of an export of a server: uri NAME [EXPORT]
+uri ()
+{
+    echo "nbd+unix:///${2:-}?socket=$work/$1.sock"
+}
+
+# end_of_nbdkit NAME: wait for a server that has been told to end, or that ends
+# by itself; it must end well.
+end_of_nbdkit ()
+{
+    local status=0
+    wait_until 60 server_has_ended "$1" || fail "nbdkit $1 does not end"
+    wait "${server_pid[$1]}" || status=$?
+    if [ "$status" -ne 0 ]; then
+        tail -n 20 "$work/$1.err" >&2
+        fail "nbdkit $1 ended with status $status"
+    fi
+    unset "server_pid[$1]"
+}
+
+stop_nbdkit ()
+{
+    if server_has_ended "$1"; then
+        tail -n 20 "$work/$1.err" >&2
+        fail "nbdkit $1 ended before it was told to"
+    fi
+    kill -TERM "${server_pid[$1]}"
+    end_of_nbdkit "$1"
+}
+
+# nbdkit_refuses ARGUMENT... : nbdkit must end with an error before it serves,
+# and say why in a single line, which is left in $refusal.
+nbdkit_refuses ()
+{
+    local status=0
+    rm -f "$work/refused.pid"
+    timeout -k 5 20 nbdkit -f -P "$work/refused.pid" -U "$work/refused.sock" "$@" \
+        >"$work/refused.out" 2>&1 </dev/null || status=$?
+    refusal=$(cat "$work/refused.out")
+    [ ! -e "$work/refused.pid" ] || fail "nbdkit serves with: $*"
+    [ "$status" -ne 0 ] || fail "nbdkit exits with 0 for: $*"
+    [ "$status" -lt 124 ] || fail "nbdkit hangs or crashes (status $status) with: $*: $refusal"
+    [ "$(wc -l <"$work/refused.out")" -eq 1 ] ||
+        fail "not one line for: $*: $refusal"
+}
+
+# count_log LOGFILE WHAT [GRID]: a count from what nbdkit's log filter wrote.  WHAT is
+#   writes, reads, zeros, trims, flushes   requests
+#   bytes                                  bytes in the write requests
+#   read-bytes                             bytes in the read requests
+#   odd                                    writes that do not begin and end on a multiple of GRID (4096)
+count_log ()
+{
+    awk -v what="$2" -v grid="${3:-4096}" '
+        function number(field,    digits, i, value) {
+            sub(/^[a-z]*=0x/, "", field)
+            for (i = 1; i <= length(field); i++)
+                value = value * 16 + index("0123456789abcdef", substr(field, i, 1)) - 1
+            return value
+        }
+        function off_grid() {
+            return number($6) % grid != 0 || (number($6) + number($7)) % grid != 0
+        }
+        BEGIN { total = 0 }
+        what == "writes"     && $4 == "Write" { total++ }
+        what == "reads"      && $4 == "Read"  { total++ }
+        what == "zeros"      && $4 == "Zero"  { total++ }
+        what == "trims"      && $4 == "Trim"  { total++ }
+        what == "flushes"    && $4 == "Flush" { total++ }
+        what == "bytes"      && $4 == "Write" { total += number($7) }
+        what == "read-bytes" && $4 == "Read"  { total += number($7) }
+        what == "odd"        && $4 == "Write" && off_grid() { total++ }
+        END { printf "%.0f\n", total }' "$1"
+}
+
+# client_requests LOGFILE: the requests of a log in their order, without what
+# differs from run to run, and without questions about the first sector: the
+# filter looks for a header there, and no client here does.
+client_requests ()
+{
+    sed -n -E 's/^[^ ]+ [^ ]+ connection=[0-9]+ ((Read|Write|Zero|Trim|Flush|Extents|Cache) .*) \.\.\.$/\1/p' "$1" |
+        sed -E -e 's/ id=[0-9]+//' |
+        awk '!(($1 == "Read" || $1 == "Extents") && $2 == "offset=0x0")'
+}
+
+# make_tar_image FILE SIZE: SIZE (as truncate takes it) of a tar of this
+# machine's own files.
+make_tar_image ()
+{
+    local bytes have
+    truncate -s "$2" "$1"
+    bytes=$(stat -c %s "$1")
+    # tar ends by SIGPIPE, and may meet files that change: neither matters.
+    { tar -C /usr -cf - lib bin share 2>/dev/null || :; } | head -c "$bytes" >"$1"
+    have=$(stat -c %s "$1")
+    while [ "$have" -gt 0 ] && [ "$have" -lt "$bytes" ]; do
+        head -c $((bytes - have)) "$1" >"$1.more"
+        cat "$1.more" >>"$1"
+        have=$(stat -c %s "$1")
+    done
+    rm -f "$1.more"
+    [ "$have" -eq "$bytes" ] || fail "could not make $2 of tar"
+}
+
+# fresh_file FILE SIZE: an empty sparse file in place of whatever was there.
+fresh_file ()
+{
+    rm -f "$1"
+    truncate -s "$2" "$1"
+}
+
+# convert SOURCE URI CLUSTER TYPE [OPTION...]: compress a raw image into qcow2.
+convert ()
+{
+    local source=$1 target=$2 cluster=$3 type=$4
+    shift 4
+    qemu-img convert -c -t none "$@" -f raw -O qcow2 \
+        -o "cluster_size=$cluster,compression_type=$type" "$source" "$target"
+}
+
+# peak_memory SERVER: the most memory that a running server has had resident, in KiB
+peak_memory ()
+{
+    awk '$1 == "VmHWM:" { print $2 }' "/proc/${server_pid[$1]}/status"
+}
+
+# image_holds IMAGE SOURCE: the stored image is sound, and holds what SOURCE does.
+image_holds ()
+{
+    qemu-img check -q -f qcow2 "$1" || fail "qemu-img check finds fault with $1"
+    qemu-img compare -q -f qcow2 -F raw "$1" "$2" || fail "$1 does not hold what $2 does"
+}
+
+# python ARGUMENT...: run the program on standard input.
+python ()
+{
+    "$PYTHON" - "$@"
+}
+
+# mixed_requests SERVER: one client that sends requests of every kind, of sizes
+# that fit nothing, one after the other; the same ones each time, to an export
+# of at least 4 MiB.
+mixed_requests ()
+{
+    python "$work/$1.sock" <<'END'
+import nbd, random, sys
+
+random.seed(20)
+client = nbd.NBD()
+client.add_meta_context("base:allocation")
+client.connect_unix(sys.argv[1])
+limit = 4 << 20
+position = 512
+for step in range(400):
+    length = random.choice([1, 3, 511, 4096, 7777, 26700, 65536, 130001])
+    kind = random.choice("wwwwwwwWrrzZtfcb")
+    if kind in "wW":
+        # Mostly appending, as a qcow2 client does.
+        if position + length > limit:
+            position = 512
+        flags = nbd.CMD_FLAG_FUA if kind == "W" else 0
+        client.pwrite(random.randbytes(length), position, flags)
+        position += length
+    elif kind == "f":
+        client.flush()
+    else:
+        offset = random.randrange(512, limit - length)
+        if kind == "r":
+            client.pread(length, offset)
+        elif kind == "z":
+            client.zero(length, offset, nbd.CMD_FLAG_NO_HOLE)
+        elif kind == "Z":
+            client.zero(length, offset, nbd.CMD_FLAG_FUA)
+        elif kind == "t":
+            client.trim(length, offset)
+        elif kind == "c":
+            client.cache(length, offset)
+        elif kind == "b":
+            client.block_status(length, offset, lambda *ignored: 0)
+client.flush()
+client.shutdown()
+END
+}
+
+# passes_unchanged FILE PARAMETER...: with these parameters, on a copy of FILE,
+# storage receives mixed_requests exactly as it does without the filter, and
+# ends with the same bytes.
+passes_unchanged ()
+{
+    local file=$1
+    shift
+    cp --sparse=always "$file" "$work/without"
+    start_nbdkit plain --filter=log file "$work/without" logfile="$work/plain.log"
+    mixed_requests plain
+    stop_nbdkit plain
+
+    cp --sparse=always "$file" "$work/with"
+    start_nbdkit filtered --filter="$FILTER" --filter=log file "$work/with" logfile="$work/below.log" "$@"
+    mixed_requests filtered
+    stop_nbdkit filtered
+
+    client_requests "$work/plain.log" >"$work/expected-requests"
+    client_requests "$work/below.log" >"$work/found-requests"
+    diff -u "$work/expected-requests" "$work/found-requests" | head -n 30 >&2 ||
+        fail "storage received other requests than the client sent ($(basename "$file") $*)"
+    cmp "$work/with" "$work/without"
+}
+
+# write_header FILE CLUSTER_BITS [VERSION]: the first bytes of a qcow2 image, as
+# far as they say how large its clusters are, at the start of FILE.
+write_header ()
+{
+    python "$@" <<'END'
+import struct, sys
+bits = int(sys.argv[2])
+version = int(sys.argv[3]) if len(sys.argv) > 3 else 3
+header = bytearray(112)
+header[0:8] = b"QFI\xfb" + struct.pack(">I", version)
+header[20:32] = struct.pack(">IQ", bits, 1 << 20)
+header[96:104] = struct.pack(">II", 4, 112)
+with open(sys.argv[1], "r+b") as file:
+    file.write(header)
+END
+}

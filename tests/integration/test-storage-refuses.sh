@@ -1,0 +1,210 @@
+#!/usr/bin/env bash
+# Storage that is full: what was acknowledged stays in memory and can be read,
+# flush says why, and when there is room again the next flush stores everything.
+
+# shellcheck source-path=SCRIPTDIR source=functions.sh
+source "$(dirname "$0")/functions.sh"
+set -e
+
+# start SERVER PARAMETER...: $work/disk, full while the file $work/full exists
+start ()
+{
+    local name=$1
+    shift
+    rm -f "$work/full"
+    fresh_file "$work/disk" 16M
+    write_header "$work/disk" 16
+    start_nbdkit "$name" --filter="$FILTER" --filter=error file "$work/disk" \
+        error-pwrite=ENOSPC error-pwrite-rate=100% error-pwrite-file="$work/full" "$@"
+}
+
+start server
+python "$work/server.sock" "$work/disk" "$work/full" <<'END'
+import errno, nbd, os, sys
+address, disk, full = sys.argv[1:]
+
+def connect():
+    client = nbd.NBD()
+    client.connect_unix(address)
+    return client
+
+def refused(request):
+    try:
+        request()
+    except nbd.Error as error:
+        assert error.errnum == errno.ENOSPC, f"{error.errno} instead of ENOSPC"
+    else:
+        raise SystemExit("a request succeeded that storage refused")
+
+def stored(offset, length):
+    with open(disk, "rb") as file:
+        file.seek(offset)
+        return file.read(length)
+
+client = connect()
+open(full, "w").close()
+print("a write of part of a unit")
+client.pwrite(b"part" * 250, (1 << 20) + 17)
+for _ in range(3):
+    refused(client.flush)
+    assert client.pread(1000, (1 << 20) + 17) == b"part" * 250
+assert stored((1 << 20) + 17, 1000) == bytes(1000)
+
+print("another connection reads it, adds to it, and gets the same answer")
+other = connect()
+assert other.pread(1000, (1 << 20) + 17) == b"part" * 250
+other.pwrite(b"more", (1 << 20) + 1017)
+refused(other.flush)
+other.shutdown()
+
+print("FUA gets storage's answer")
+refused(lambda: client.pwrite(b"fua" * 100, 3 << 20, nbd.CMD_FLAG_FUA))
+
+print("whole units, refused or kept, but not half of each")
+kept = []
+for i in range(8):
+    position = (4 << 20) + i * 65536
+    try:
+        client.pwrite(bytes([i + 1]) * 65536, position)
+        kept.append(i)
+    except nbd.Error as error:
+        assert error.errnum == errno.ENOSPC, error.errno
+for i in kept:
+    assert client.pread(65536, (4 << 20) + i * 65536) == bytes([i + 1]) * 65536
+
+print("reads of what is not cached go on")
+assert client.pread(4, 0) == b"QFI\xfb"
+assert client.pread(4096, 8 << 20) == bytes(4096)
+
+print("the client leaves, and a later one finds everything")
+client.shutdown()
+client = connect()
+assert client.pread(1004, (1 << 20) + 17) == b"part" * 250 + b"more"
+for i in kept:
+    assert client.pread(65536, (4 << 20) + i * 65536) == bytes([i + 1]) * 65536
+refused(client.flush)
+
+print("there is room again")
+os.unlink(full)
+client.flush()
+assert stored((1 << 20) + 17, 1004) == b"part" * 250 + b"more"
+for i in kept:
+    assert stored((4 << 20) + i * 65536, 65536) == bytes([i + 1]) * 65536
+client.pwrite(b"fine", 5 << 20)
+client.flush()
+assert stored(5 << 20, 4) == b"fine"
+END
+stop_nbdkit server
+
+echo "all memory is held by refused bytes: new writes get storage's answer"
+start server qcowcache-size=512K
+timeout 60 "$PYTHON" - "$work/server.sock" "$work/disk" "$work/full" <<'END'
+import errno, nbd, os, sys
+client = nbd.NBD()
+client.connect_unix(sys.argv[1])
+open(sys.argv[3], "w").close()
+acknowledged = []
+refusals = 0
+for i in range(120):
+    position = (1 << 20) + i * 65536 + 5
+    try:
+        client.pwrite(bytes([i + 1]) * 1000, position)
+        acknowledged.append(i)
+    except nbd.Error as error:
+        assert error.errnum == errno.ENOSPC, error.errno
+        refusals += 1
+assert acknowledged, "nothing was cached"
+assert refusals, "more was acknowledged than there is memory for"
+for i in acknowledged:
+    assert client.pread(1000, (1 << 20) + i * 65536 + 5) == bytes([i + 1]) * 1000, f"write {i}"
+os.unlink(sys.argv[3])
+for i in range(10):
+    client.pwrite(b"new", (10 << 20) + i * 65536)
+client.flush()
+with open(sys.argv[2], "rb") as disk:
+    held = disk.read()
+for i in acknowledged:
+    position = (1 << 20) + i * 65536 + 5
+    assert held[position:position + 1000] == bytes([i + 1]) * 1000, f"write {i} is not stored"
+for i in range(10):
+    assert held[(10 << 20) + i * 65536:(10 << 20) + i * 65536 + 3] == b"new"
+END
+stop_nbdkit server
+
+echo "a zero or trim that fails leaves cached bytes as they are"
+rm -f "$work/full"
+fresh_file "$work/disk" 16M
+start_nbdkit server --filter="$FILTER" --filter=error file "$work/disk" qcowcache-cluster-size=64K \
+    error=EIO error-zero-rate=100% error-trim-rate=100% \
+    error-zero-file="$work/full" error-trim-file="$work/full"
+python "$work/server.sock" "$work/disk" "$work/full" <<'END'
+import errno, nbd, os, sys
+client = nbd.NBD()
+client.connect_unix(sys.argv[1])
+client.pwrite(b"k" * 5000, 1 << 20)
+client.pwrite(b"l" * 65536, 2 << 20)
+open(sys.argv[3], "w").close()
+for request in (lambda: client.zero(1 << 20, 1 << 20), lambda: client.trim(1 << 20, 1 << 20),
+                lambda: client.zero(65536, 2 << 20), lambda: client.trim(65536, 2 << 20)):
+    try:
+        request()
+    except nbd.Error as error:
+        assert error.errnum == errno.EIO, error.errno
+    else:
+        raise SystemExit("a zero or trim succeeded that storage refused")
+    assert client.pread(5000, 1 << 20) == b"k" * 5000
+    assert client.pread(65536, 2 << 20) == b"l" * 65536
+client.flush()
+with open(sys.argv[2], "rb") as disk:
+    disk.seek(1 << 20)
+    assert disk.read(5000) == b"k" * 5000
+    disk.seek(2 << 20)
+    assert disk.read(65536) == b"l" * 65536
+os.unlink(sys.argv[3])
+client.zero(1 << 20, 1 << 20)
+assert client.pread(5000, 1 << 20) == bytes(5000)
+END
+stop_nbdkit server
+
+echo "the server ends before there is room: it says how much is lost"
+start server
+python "$work/server.sock" "$work/full" <<'END'
+import nbd, sys
+client = nbd.NBD()
+client.connect_unix(sys.argv[1])
+open(sys.argv[2], "w").close()
+client.pwrite(b"gone" * 300, (1 << 20) + 17)
+client.pwrite(b"gone" * 300, (5 << 20) + 17)
+client.shutdown()
+END
+stop_nbdkit server
+grep -i 'qcowcache.*2400.*\(lost\|not stored\)\|qcowcache.*\(lost\|not stored\).*2400' "$work/server.err" ||
+    fail "not said that 2400 bytes are lost: $(cat "$work/server.err")"
+
+echo "connections that share nothing: what storage refuses at the end of one is lost, and reported"
+rm -f "$work/full"
+fresh_file "$work/disk" 4M
+start_nbdkit server --filter="$FILTER" --filter=error --filter=multi-conn file "$work/disk" \
+    multi-conn-mode=disable qcowcache-cluster-size=64K \
+    error-pwrite=ENOSPC error-pwrite-rate=100% error-pwrite-file="$work/full"
+python "$work/server.sock" "$work/full" <<'END'
+import nbd, os, sys
+client = nbd.NBD()
+client.connect_unix(sys.argv[1])
+open(sys.argv[2], "w").close()
+client.pwrite(b"gone" * 300, (1 << 20) + 17)
+client.shutdown()
+END
+loss_is_reported () { grep -qi 'qcowcache.*\(lost\|not stored\)' "$work/server.err"; }
+wait_until 30 loss_is_reported || fail "not said that bytes are lost: $(cat "$work/server.err")"
+rm "$work/full"
+python "$work/server.sock" <<'END'
+import nbd, sys
+client = nbd.NBD()
+client.connect_unix(sys.argv[1])
+assert client.pread(1200, (1 << 20) + 17) == bytes(1200)
+client.pwrite(b"next", (1 << 20) + 17)
+client.flush()
+END
+stop_nbdkit server
+[ "$(tail -c +1048594 "$work/disk" | head -c 4)" = next ] || fail "the next connection could not write"

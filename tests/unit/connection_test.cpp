@@ -1,0 +1,331 @@
+#include "connection.hpp"
+
+#include "catch.hpp"
+#include "image_bytes.hpp"
+#include "memory_storage.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <latch>
+#include <random>
+#include <thread>
+
+using namespace qcowcache;
+using Kind = MemoryStorage::Kind;
+
+namespace {
+
+constexpr std::uint64_t unit = WriteCache::least_unit_size;
+
+/// Exports as the server has them, with background writers or without.
+class Serving {
+public:
+  Serving(std::size_t memory, unsigned writers)
+      : budget_(memory),
+        exports_({std::nullopt, std::uint64_t{1024} * 1024, std::chrono::milliseconds(50),
+                  writers > 0 ? &writeback_ : nullptr,
+                  [this](const std::string&, const Unsaved& unsaved) { lost += unsaved.bytes; }},
+                 budget_) {
+    writeback_.start(writers);
+  }
+  Serving(const Serving&) = delete;
+  Serving& operator=(const Serving&) = delete;
+  ~Serving() {
+    writeback_.stop();
+    exports_.report_left();
+  }
+
+  [[nodiscard]] Exports& exports() noexcept { return exports_; }
+  [[nodiscard]] MemoryBudget& budget() noexcept { return budget_; }
+  std::atomic<std::uint64_t> lost = 0;
+
+private:
+  MemoryBudget budget_;
+  Writeback writeback_;
+  Exports exports_;
+};
+
+/// A client: a connection and the storage that was made for it.
+class Client {
+public:
+  Client(Serving& serving, const std::string& name, const std::shared_ptr<MemoryDisk>& disk,
+         const Capabilities& capabilities,
+         std::function<void(const MemoryStorage::Call&)> before = {})
+      : connection_(serving.exports(), name) {
+    auto storage = std::make_unique<MemoryStorage>(capabilities, disk);
+    storage->before = std::move(before);
+    storage_ = storage.get();
+    connection_.begin(std::move(storage));
+  }
+  Client(const Client&) = delete;
+  Client& operator=(const Client&) = delete;
+  ~Client() { leave(); }
+
+  void write(std::uint64_t offset, std::span<const std::byte> data, bool fua = false) {
+    const Connection::InUse in_use = connection_.in_use();
+    in_use.cache.write(in_use.use.storage(), offset, data, fua);
+  }
+  std::vector<std::byte> read(std::uint64_t offset, std::size_t size) {
+    std::vector<std::byte> data(size);
+    const Connection::InUse in_use = connection_.in_use();
+    in_use.cache.read(in_use.use.storage(), offset, data);
+    return data;
+  }
+  void flush() {
+    const Connection::InUse in_use = connection_.in_use();
+    in_use.cache.flush(in_use.use.storage());
+  }
+  void leave() {
+    connection_.drain();
+    connection_.end();
+  }
+  [[nodiscard]] const MemoryStorage& storage() const { return *storage_; }
+
+private:
+  MemoryStorage* storage_ = nullptr;
+  Connection connection_;
+};
+
+std::shared_ptr<MemoryDisk> image(std::uint64_t size) {
+  auto disk = std::make_shared<MemoryDisk>(size);
+  disk->write(0, qcow2_header(16), true);
+  return disk;
+}
+
+} // namespace
+
+TEST_CASE("what a connection wrote is on storage when it has ended", "[connection]") {
+  const unsigned writers = GENERATE(0U, 1U, 4U);
+  Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  capabilities.can_multi_conn = GENERATE(true, false);
+  Serving serving(64 * unit, writers);
+  const auto disk = image(40 * unit);
+  const auto data = pattern(20 * unit + 123, 1);
+  {
+    Client client(serving, "a", disk, capabilities);
+    client.write(unit + 17, data);
+  }
+  std::vector<std::byte> stored(data.size());
+  disk->read(unit + 17, stored);
+  CHECK(stored == data);
+  CHECK(serving.budget().used() == 0);
+  CHECK(serving.lost == 0);
+}
+
+TEST_CASE("connections to multi-conn storage share, others only own ranges in common",
+          "[connection]") {
+  Serving serving(64 * unit, GENERATE(0U, 4U));
+  Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  const auto data = pattern(500, 1);
+  SECTION("shared") {
+    const auto disk = image(40 * unit);
+    Client writer(serving, "a", disk, capabilities);
+    Client reader(serving, "a", disk, capabilities);
+    writer.write(3 * unit + 3, data);
+    CHECK(reader.read(3 * unit + 3, 500) == data);
+    reader.flush(); // covers the other connection's bytes
+    std::vector<std::byte> stored(500);
+    disk->read(3 * unit + 3, stored);
+    CHECK(stored == data);
+  }
+  SECTION("a disk each") {
+    capabilities.can_multi_conn = false;
+    const auto one = image(40 * unit);
+    const auto other = image(40 * unit);
+    Client first(serving, "", one, capabilities);
+    Client second(serving, "", other, capabilities);
+    first.write(3 * unit + 3, data);
+    CHECK(second.read(3 * unit + 3, 500) == std::vector<std::byte>(500));
+    second.flush();
+    first.flush();
+    std::vector<std::byte> stored(500);
+    other->read(3 * unit + 3, stored);
+    CHECK(stored == std::vector<std::byte>(500));
+  }
+  SECTION("the same disk without multi-conn, in the same blocks") {
+    capabilities.can_multi_conn = false;
+    const auto disk = image(40 * unit);
+    Client first(serving, "", disk, capabilities);
+    Client second(serving, "", disk, capabilities);
+    for (std::uint64_t i = 0; i < 200; ++i) {
+      first.write(3 * unit + i * 20, pattern(10, static_cast<unsigned>(i)));
+      second.write(3 * unit + i * 20 + 10, pattern(10, static_cast<unsigned>(i + 1000)));
+      if (i % 7 == 0)
+        first.flush();
+      if (i % 5 == 0)
+        second.flush();
+    }
+    first.flush();
+    second.flush();
+    for (std::uint64_t i = 0; i < 200; ++i) {
+      std::vector<std::byte> stored(20);
+      disk->read(3 * unit + i * 20, stored);
+      auto expected = pattern(10, static_cast<unsigned>(i));
+      const auto behind = pattern(10, static_cast<unsigned>(i + 1000));
+      expected.insert(expected.end(), behind.begin(), behind.end());
+      REQUIRE(stored == expected);
+    }
+  }
+}
+
+TEST_CASE("refused bytes wait for the next connection", "[connection]") {
+  Serving serving(64 * unit, GENERATE(0U, 4U));
+  const auto disk = image(40 * unit);
+  const Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  const auto data = pattern(500, 1);
+  {
+    Client client(serving, "a", disk, capabilities, [](const MemoryStorage::Call& call) {
+      if (call.kind == Kind::write)
+        throw std::system_error(ENOSPC, std::generic_category(), "refused");
+    });
+    client.write(unit, data);
+  }
+  SECTION("of the same size") {
+    Client next(serving, "a", disk, capabilities);
+    CHECK(next.read(unit, 500) == data);
+    next.flush();
+    std::vector<std::byte> stored(500);
+    disk->read(unit, stored);
+    CHECK(stored == data);
+    CHECK(serving.lost == 0);
+  }
+  SECTION("of another size: they are reported lost") {
+    const auto larger = image(41 * unit);
+    Client next(serving, "a", larger, MemoryStorage::everything(41 * unit));
+    CHECK(serving.lost == 500);
+    CHECK(next.read(unit, 500) == std::vector<std::byte>(500));
+  }
+  SECTION("that never comes") {
+    serving.exports().report_left();
+    CHECK(serving.lost == 500);
+  }
+}
+
+TEST_CASE("refused bytes of a connection with a disk of its own are reported lost",
+          "[connection]") {
+  Serving serving(64 * unit, GENERATE(0U, 2U));
+  Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  capabilities.can_multi_conn = false;
+  {
+    Client client(serving, "a", image(40 * unit), capabilities,
+                  [](const MemoryStorage::Call& call) {
+                    if (call.kind == Kind::write)
+                      throw std::system_error(EIO, std::generic_category(), "refused");
+                  });
+    client.write(unit, pattern(321, 1));
+  }
+  CHECK(serving.lost == 321);
+  CHECK(serving.budget().used() == 0);
+}
+
+TEST_CASE("an export that holds all memory and idles does not starve another", "[connection]") {
+  Serving serving(8 * (unit + 8192), GENERATE(0U, 4U));
+  const Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  const auto idle_disk = image(40 * unit);
+  Client idle(serving, "idle", idle_disk, capabilities);
+  for (std::uint64_t i = 1; i < 30; ++i)
+    idle.write(i * unit + 5, pattern(100, static_cast<unsigned>(i)));
+  const auto disk = image(40 * unit);
+  Client busy(serving, "busy", disk, capabilities);
+  const auto data = pattern(30 * unit, 7);
+  for (std::size_t done = 0; done < data.size(); done += 3000)
+    busy.write(unit + done,
+               std::span(data).subspan(done, std::min<std::size_t>(3000, data.size() - done)));
+  CHECK(busy.read(unit, data.size()) == data);
+  busy.flush();
+  idle.flush();
+  for (std::uint64_t i = 1; i < 30; ++i)
+    CHECK(idle.read(i * unit + 5, 100) == pattern(100, static_cast<unsigned>(i)));
+}
+
+TEST_CASE("storage that hangs does not make reads of cached bytes hang", "[connection]") {
+  Serving serving(64 * unit, 2);
+  const auto disk = image(40 * unit);
+  std::latch hanging(1);
+  std::latch go_on(1);
+  const auto hang = [&](const MemoryStorage::Call& call) {
+    if (call.kind == Kind::write) {
+      hanging.count_down(hanging.try_wait() ? 0 : 1);
+      go_on.wait();
+    }
+  };
+  Client client(serving, "a", disk, MemoryStorage::everything(40 * unit), hang);
+  const auto data = pattern(2 * unit, 1);
+  client.write(unit, data);
+  hanging.wait();
+  CHECK(client.read(unit, data.size()) == data);
+  client.write(unit + 100, pattern(50, 2)); // into a unit that is being written
+  CHECK(client.read(unit + 100, 50) == pattern(50, 2));
+  go_on.count_down();
+  client.flush();
+}
+
+TEST_CASE("partial units that nobody comes back to are written in the background", "[connection]") {
+  Serving serving(64 * unit, 2);
+  const auto disk = image(40 * unit);
+  std::latch written(1);
+  Client client(serving, "a", disk, MemoryStorage::everything(40 * unit),
+                [&](const MemoryStorage::Call& call) {
+                  if (call.kind == Kind::write)
+                    written.count_down();
+                });
+  client.write(unit, pattern(100, 1));
+  written.wait(); // no flush, no further write: time alone does it
+}
+
+TEST_CASE("many clients of several exports come, write, and go", "[connection]") {
+  const unsigned writers = GENERATE(0U, 1U, 4U);
+  const bool multi_conn = GENERATE(true, false);
+  Serving serving(10 * (unit + 8192), writers);
+  constexpr std::size_t clients = 6;
+  constexpr std::size_t exports = 3;
+  constexpr std::uint64_t size = 8 * unit + 100;
+  constexpr std::uint64_t stripe = 100;
+  Capabilities capabilities = MemoryStorage::everything(size);
+  capabilities.can_multi_conn = multi_conn;
+  std::vector<std::shared_ptr<MemoryDisk>> disks;
+  std::vector<std::vector<std::byte>> models;
+  for (std::size_t i = 0; i < exports; ++i) {
+    disks.push_back(image(size));
+    models.push_back(disks.back()->now());
+  }
+  std::atomic<unsigned> wrong = 0;
+  std::atomic<unsigned> violations = 0;
+  std::vector<std::jthread> threads;
+  for (std::size_t id = 0; id < clients; ++id) {
+    threads.emplace_back([&, id] {
+      std::mt19937 random(static_cast<unsigned>(id) + writers * 100);
+      for (unsigned life = 0; life < 12; ++life) {
+        const std::size_t of = random() % exports;
+        Client client(serving, std::to_string(of), disks[of], capabilities);
+        for (unsigned i = 0; i < 150; ++i) {
+          const std::uint64_t slots = (size - 512) / (stripe * clients);
+          const std::uint64_t begin = 512 + (random() % slots * clients + id) * stripe;
+          const std::size_t length = 1 + random() % stripe;
+          const auto where = models[of].begin() + static_cast<std::ptrdiff_t>(begin);
+          const auto action = random() % 12;
+          if (action == 0) {
+            client.flush();
+          } else if (action < 4) {
+            const std::vector<std::byte> expected(where,
+                                                  where + static_cast<std::ptrdiff_t>(length));
+            wrong += client.read(begin, length) == expected ? 0 : 1;
+          } else {
+            const auto data = pattern(length, static_cast<unsigned>(random() % 100000));
+            client.write(begin, data, action == 11);
+            std::ranges::copy(data, where);
+          }
+        }
+        client.leave();
+        violations += static_cast<unsigned>(client.storage().violations().size());
+      }
+    });
+  }
+  threads.clear();
+  CHECK(wrong == 0);
+  CHECK(violations == 0);
+  for (std::size_t i = 0; i < exports; ++i)
+    CHECK(disks[i]->now() == models[i]);
+  CHECK(serving.lost == 0);
+  CHECK(serving.budget().used() == 0);
+}

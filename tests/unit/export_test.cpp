@@ -1,0 +1,472 @@
+#include "export.hpp"
+
+#include "as_text.hpp"
+#include "catch.hpp"
+#include "image_bytes.hpp"
+#include "memory_storage.hpp"
+#include "watched_thread.hpp"
+
+#include <atomic>
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <latch>
+#include <memory>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+using qcowcache::Capabilities;
+using qcowcache::Export;
+using qcowcache::Exports;
+using qcowcache::Handle;
+using qcowcache::MemoryBudget;
+using qcowcache::Unsaved;
+using qcowcache::WriteCache;
+
+namespace {
+
+constexpr std::uint64_t unit = WriteCache::least_unit_size;
+constexpr std::uint64_t disk_size = 16 * unit;
+
+Capabilities shared(std::uint64_t size = disk_size) {
+  return MemoryStorage::everything(size);
+}
+
+Capabilities unshared(std::uint64_t size = disk_size) {
+  Capabilities capabilities = MemoryStorage::everything(size);
+  capabilities.can_multi_conn = false;
+  return capabilities;
+}
+
+/// A server with nothing but exports, which caches without looking for a qcow2 header.
+class Server {
+public:
+  [[nodiscard]] Exports& exports() { return exports_; }
+  [[nodiscard]] MemoryBudget& budget() { return budget_; }
+  /// "name 100 bytes: 0-100" for each loss that was reported; they are then forgotten.
+  std::string losses() { return std::exchange(losses_, {}); }
+
+private:
+  Export::Settings settings() {
+    Export::Settings settings;
+    settings.cluster_size = unit;
+    settings.report_loss = [this](const std::string& name, const Unsaved& lost) {
+      losses_ += name + " " + std::to_string(lost.bytes) +
+                 " bytes: " + as_text::ranges(lost.ranges) + "\n";
+    };
+    return settings;
+  }
+
+  MemoryBudget budget_{std::size_t{16} * 1024 * 1024};
+  std::string losses_;
+  Exports exports_{settings(), budget_};
+};
+
+/// A client's connection to one export.
+class Client {
+public:
+  Client(Server& server, const std::string& name, const Capabilities& capabilities,
+         std::shared_ptr<MemoryDisk> disk)
+      : exports_(server.exports()),
+        owned_(std::make_unique<MemoryStorage>(capabilities, std::move(disk))), storage_(*owned_),
+        handle_(std::make_shared<Handle>(std::move(owned_))),
+        membership_(exports_.attach(name, handle_)) {}
+  Client(const Client&) = delete;
+  Client& operator=(const Client&) = delete;
+  ~Client() { leave(); }
+
+  /// Ends the connection as nbdkit does, but for writing what is left.
+  void leave() {
+    if (membership_.cache == nullptr)
+      return;
+    handle_->retire();
+    exports_.detach(membership_, handle_);
+    membership_ = {};
+  }
+
+  void write(std::uint64_t offset, std::string_view text, bool fua = false) {
+    cache().write(storage_, offset, as_text::parse(text), fua);
+  }
+  [[nodiscard]] std::string read(std::uint64_t offset, std::size_t size) {
+    std::vector<std::byte> data(size);
+    cache().read(storage_, offset, data);
+    return as_text::bytes(data);
+  }
+  /// Storage's answer.
+  int flush() {
+    try {
+      cache().flush(storage_);
+    } catch (const std::system_error& error) {
+      return error.code().value();
+    }
+    return 0;
+  }
+  void storage_refuses_writes() {
+    storage_.before = [](const MemoryStorage::Call& call) {
+      if (call.kind == MemoryStorage::Kind::write)
+        throw std::system_error(ENOSPC, std::generic_category(), "full");
+    };
+  }
+
+  [[nodiscard]] WriteCache& cache() const { return *membership_.cache; }
+  [[nodiscard]] MemoryStorage& storage() const { return storage_; }
+  [[nodiscard]] const std::shared_ptr<Export>& of() const { return membership_.of; }
+
+private:
+  Exports& exports_;
+  std::unique_ptr<MemoryStorage> owned_;
+  MemoryStorage& storage_;
+  std::shared_ptr<Handle> handle_;
+  Exports::Membership membership_;
+};
+
+std::shared_ptr<MemoryDisk> new_disk(std::uint64_t size = disk_size) {
+  return std::make_shared<MemoryDisk>(size);
+}
+
+std::string on(const MemoryDisk& disk, std::uint64_t offset, std::size_t size) {
+  std::vector<std::byte> data(size);
+  disk.read(offset, data);
+  return as_text::bytes(data);
+}
+
+} // namespace
+
+TEST_CASE("connections to multi-conn storage share a cache", "[export]") {
+  Server server;
+  const auto disk = new_disk();
+  Client writer(server, "a", shared(), disk);
+  Client reader(server, "a", shared(), disk);
+  CHECK(&writer.cache() == &reader.cache());
+  writer.write(100, "hello");
+  CHECK(on(*disk, 100, 5) == "00000");
+  CHECK(reader.read(99, 7) == "0hello0");
+}
+
+TEST_CASE("a flush on one connection stores what another one wrote", "[export]") {
+  Server server;
+  const auto disk = new_disk();
+  Client writer(server, "a", shared(), disk);
+  Client other(server, "a", shared(), disk);
+  writer.write(100, "hello");
+  CHECK(other.flush() == 0);
+  CHECK(on(*disk, 100, 5) == "hello");
+}
+
+TEST_CASE("exports of different names have nothing in common", "[export]") {
+  Server server;
+  Client a(server, "a", shared(), new_disk());
+  Client b(server, "b", shared(), new_disk());
+  CHECK(a.of() != b.of());
+  CHECK(&a.cache() != &b.cache());
+  a.write(100, "hello");
+  b.write(100, "world");
+  CHECK(a.flush() == 0);
+  CHECK(b.flush() == 0);
+  CHECK(a.read(100, 5) == "hello");
+  CHECK(on(b.storage().disk(), 100, 5) == "world");
+}
+
+TEST_CASE("a name may be empty", "[export]") {
+  Server server;
+  Client client(server, "", shared(), new_disk());
+  client.write(0, "hello");
+  CHECK(client.read(0, 5) == "hello");
+}
+
+TEST_CASE("connections to storage that is not multi-conn each have a disk of their own",
+          "[export]") {
+  Server server;
+  Client one(server, "disk", unshared(), new_disk());
+  Client two(server, "disk", unshared(), new_disk());
+  CHECK(&one.cache() != &two.cache());
+  CHECK(one.of() == two.of());
+  one.write(100, "hello");
+  two.write(100, "world");
+  CHECK(one.read(100, 5) == "hello");
+  CHECK(two.read(100, 5) == "world");
+  CHECK(one.flush() == 0);
+  CHECK(two.flush() == 0);
+  CHECK(on(one.storage().disk(), 100, 5) == "hello");
+  CHECK(on(two.storage().disk(), 100, 5) == "world");
+}
+
+TEST_CASE("what one connection changes on a common disk, another one does not remember",
+          "[export]") {
+  const Capabilities first = GENERATE(shared(), unshared());
+  Server server;
+  const auto disk = new_disk();
+  Client remembers(server, "a", first, disk);
+  Client changes(server, "a", unshared(), disk);
+  remembers.write(100, "hello");
+  REQUIRE(remembers.flush() == 0);
+
+  SECTION("by a write that goes through") {
+    changes.write(102, "XY", true);
+  }
+  SECTION("by a write that is flushed") {
+    changes.write(102, "XY");
+    REQUIRE(changes.flush() == 0);
+  }
+  CHECK(remembers.read(100, 5) == "heXYo");
+}
+
+TEST_CASE("what one connection has not stored yet stays when another one changes the disk",
+          "[export]") {
+  Server server;
+  const auto disk = new_disk();
+  Client dirty(server, "a", unshared(), disk);
+  Client changes(server, "a", unshared(), disk);
+  dirty.write(100, "hello");
+  changes.write(98, "abcdefghi", true);
+  CHECK(dirty.read(98, 9) == "abhellohi");
+  CHECK(dirty.flush() == 0);
+  CHECK(on(*disk, 98, 9) == "abhellohi");
+}
+
+TEST_CASE("connections that do not share a cache wait for each other's ranges", "[export]") {
+  Server server;
+  const auto disk = new_disk();
+  Client slow(server, "a", unshared(), disk);
+  Client waiting(server, "a", unshared(), disk);
+  std::latch reached(1);
+  std::latch open(1);
+  slow.storage().before = [&](const MemoryStorage::Call& call) {
+    if (call.kind == MemoryStorage::Kind::write) {
+      reached.count_down();
+      open.wait();
+    }
+  };
+  // Both change the same block of 4096 bytes, which each has to read before.
+  WatchedThread first([&] { slow.write(100, "hello", true); });
+  reached.wait();
+  WatchedThread second([&] { waiting.write(200, "world", true); });
+  const bool waited = second.waits();
+  const std::size_t too_early = waiting.storage().calls(MemoryStorage::Kind::write).size();
+  open.count_down();
+  CHECK(first.ends());
+  CHECK(second.ends());
+  CHECK(waited);
+  CHECK(too_early == 0);
+  CHECK(on(*disk, 100, 5) == "hello");
+  CHECK(on(*disk, 200, 5) == "world");
+}
+
+TEST_CASE("when the last connection ends, what was learned goes with it", "[export]") {
+  Server server;
+  const auto disk = new_disk();
+  {
+    Client before(server, "a", shared(), disk);
+    before.write(100, "hello");
+    REQUIRE(before.flush() == 0);
+  }
+  CHECK(server.budget().used() == 0);
+  disk->write(100, as_text::parse("OTHER"), true);
+  Client after(server, "a", shared(), disk);
+  CHECK(after.read(100, 5) == "OTHER");
+  CHECK(server.losses().empty());
+}
+
+TEST_CASE("while another connection stays, what was learned stays", "[export]") {
+  Server server;
+  const auto disk = new_disk();
+  Client stays(server, "a", shared(), disk);
+  {
+    Client leaves(server, "a", shared(), disk);
+    leaves.write(100, "hello");
+  }
+  CHECK(stays.read(100, 5) == "hello");
+  CHECK(stays.flush() == 0);
+  CHECK(on(*disk, 100, 5) == "hello");
+}
+
+TEST_CASE("bytes that storage refused wait for the next connection", "[export]") {
+  Server server;
+  const auto disk = new_disk();
+  {
+    Client unlucky(server, "a", shared(), disk);
+    unlucky.storage_refuses_writes();
+    unlucky.write(100, "hello");
+    CHECK(unlucky.flush() == ENOSPC);
+  }
+  CHECK(server.losses().empty());
+  CHECK(on(*disk, 100, 5) == "00000");
+
+  Client next(server, "a", shared(), disk);
+  CHECK(next.read(99, 7) == "0hello0");
+  CHECK(next.flush() == 0);
+  CHECK(on(*disk, 100, 5) == "hello");
+  const std::weak_ptr<Export> watch = next.of();
+  next.leave();
+  CHECK(watch.expired());
+  CHECK(server.losses().empty());
+}
+
+TEST_CASE("beside bytes that storage refused nothing is remembered", "[export]") {
+  Server server;
+  const auto disk = new_disk();
+  {
+    Client unlucky(server, "a", shared(), disk);
+    unlucky.write(0, "known");
+    REQUIRE(unlucky.flush() == 0);
+    unlucky.storage_refuses_writes();
+    unlucky.write(100, "hello");
+    CHECK(unlucky.flush() == ENOSPC);
+  }
+  disk->write(0, as_text::parse("OTHER"), true);
+  Client next(server, "a", shared(), disk);
+  CHECK(next.read(0, 5) == "OTHER");
+  CHECK(next.read(100, 5) == "hello");
+}
+
+TEST_CASE("bytes that storage refused are lost when the export comes back with another size",
+          "[export]") {
+  const std::uint64_t new_size = GENERATE(disk_size / 2, disk_size * 2);
+  Server server;
+  {
+    Client unlucky(server, "a", shared(), new_disk());
+    unlucky.storage_refuses_writes();
+    unlucky.write(100, "hello");
+  }
+  CHECK(server.losses().empty());
+  Client next(server, "a", shared(new_size), new_disk(new_size));
+  CHECK(server.losses() == "a 5 bytes: 100-105\n");
+  CHECK(next.cache().size() == new_size);
+  CHECK(next.read(100, 5) == "00000");
+  CHECK(next.cache().unsaved().bytes == 0);
+}
+
+TEST_CASE("what a connection with a cache of its own could not store is lost, and reported",
+          "[export]") {
+  Server server;
+  Client unlucky(server, "disk", unshared(), new_disk());
+  Client other(server, "disk", unshared(), new_disk());
+  unlucky.storage_refuses_writes();
+  unlucky.write(100, "hello");
+  unlucky.write(200, "world!");
+  other.write(300, "kept");
+  unlucky.leave();
+  CHECK(server.losses() == "disk 11 bytes: 100-105 200-206\n");
+  CHECK(other.read(300, 4) == "kept");
+  CHECK(other.flush() == 0);
+  other.leave();
+  CHECK(server.losses().empty());
+  CHECK(server.budget().used() == 0);
+}
+
+TEST_CASE("what is left at the end of the server is reported, export by export", "[export]") {
+  Server server;
+  const auto leave_behind = [&](const std::string& name, std::string_view text) {
+    Client client(server, name, shared(), new_disk());
+    client.write(100, text);
+  };
+  leave_behind("a", "hello");
+  leave_behind("b", "hi");
+  Client stored(server, "c", shared(), new_disk());
+  stored.write(0, "stored");
+  REQUIRE(stored.flush() == 0);
+  server.exports().report_left();
+  CHECK(server.losses() == "a 5 bytes: 100-105\nb 2 bytes: 100-102\n");
+}
+
+TEST_CASE("a shared cache is as large as its largest connection", "[export]") {
+  Server server;
+  const auto disk = new_disk(2 * disk_size);
+  Client small(server, "a", shared(), disk);
+  CHECK(small.cache().size() == disk_size);
+  {
+    Client large(server, "a", shared(2 * disk_size), disk);
+    CHECK(small.cache().size() == 2 * disk_size);
+    Client another(server, "a", shared(), disk);
+    CHECK(small.cache().size() == 2 * disk_size);
+  }
+  CHECK(small.cache().size() == disk_size);
+}
+
+TEST_CASE("connections that share a cache do not care about the size of those that do not",
+          "[export]") {
+  Server server;
+  const Client sharing(server, "a", shared(), new_disk());
+  const Client own(server, "a", unshared(2 * disk_size), new_disk(2 * disk_size));
+  CHECK(sharing.cache().size() == disk_size);
+  CHECK(own.cache().size() == 2 * disk_size);
+}
+
+TEST_CASE("an export lives as long as somebody is connected", "[export]") {
+  Server server;
+  const auto disk = new_disk();
+  Client first(server, "a", shared(), disk);
+  Client second(server, "a", shared(), disk);
+  const std::weak_ptr<Export> watch = first.of();
+  first.leave();
+  REQUIRE_FALSE(watch.expired());
+  CHECK_FALSE(watch.lock()->disposable());
+  CHECK(second.of() == watch.lock());
+  second.leave();
+  CHECK(watch.expired());
+}
+
+TEST_CASE("an export that nobody wrote to is gone with its connection", "[export]") {
+  Server server;
+  Client client(server, "a", GENERATE(shared(), unshared()), new_disk());
+  const std::weak_ptr<Export> watch = client.of();
+  client.leave();
+  CHECK(watch.expired());
+  server.exports().report_left();
+  CHECK(server.losses().empty());
+}
+
+TEST_CASE("clean data of all exports is given back when memory is needed", "[export]") {
+  Server server;
+  Client a(server, "a", shared(), new_disk());
+  Client b(server, "b", unshared(), new_disk());
+  for (Client* client : {&a, &b}) {
+    client->write(100, "hello");
+    REQUIRE(client->flush() == 0);
+  }
+  const std::size_t both = server.budget().used();
+  REQUIRE(both > 2 * unit);
+  CHECK(server.budget().reclaim(both));
+  CHECK(server.budget().used() == 0);
+  CHECK(a.read(100, 5) == "hello");
+  CHECK(b.read(100, 5) == "hello");
+}
+
+TEST_CASE("dirty data is not given back when memory is needed", "[export]") {
+  Server server;
+  Client client(server, "a", shared(), new_disk());
+  client.write(100, "hello");
+  CHECK_FALSE(server.budget().reclaim(1));
+  CHECK(client.read(100, 5) == "hello");
+}
+
+TEST_CASE("clients that come and go at once find one export, and leave none behind", "[export]") {
+  Server server;
+  const auto disk = new_disk();
+  std::atomic<int> wrong = 0;
+  constexpr unsigned clients = 4;
+  std::latch all_there(clients);
+  {
+    std::vector<std::jthread> threads;
+    for (unsigned self = 0; self < clients; ++self) {
+      threads.emplace_back([&, self] {
+        all_there.arrive_and_wait();
+        for (unsigned round = 0; round < 100; ++round) {
+          Client client(server, "a", self % 2 == 0 ? shared() : unshared(), disk);
+          // Side by side in one block.
+          const std::string text = std::to_string(1000 + round);
+          client.write(self * 4, text);
+          if (client.read(self * 4, 4) != text || client.flush() != 0)
+            ++wrong;
+        }
+      });
+    }
+  }
+  CHECK(wrong == 0);
+  CHECK(on(*disk, 0, 16) == "1099109910991099");
+  CHECK(server.budget().used() == 0);
+  CHECK(server.losses().empty());
+}

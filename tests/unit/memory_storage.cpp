@@ -1,0 +1,174 @@
+#include "memory_storage.hpp"
+
+#include <algorithm>
+#include <iterator>
+
+using qcowcache::ByteRange;
+using qcowcache::Capabilities;
+using qcowcache::Fua;
+
+namespace {
+
+auto at(std::vector<std::byte>& bytes, std::uint64_t offset) {
+  return bytes.begin() + static_cast<std::ptrdiff_t>(offset);
+}
+
+auto at(const std::vector<std::byte>& bytes, std::uint64_t offset) {
+  return bytes.begin() + static_cast<std::ptrdiff_t>(offset);
+}
+
+} // namespace
+
+void MemoryDisk::read(std::uint64_t offset, std::span<std::byte> data) const {
+  const std::lock_guard lock(mutex_);
+  std::copy_n(at(now_, offset), data.size(), data.begin());
+}
+
+void MemoryDisk::write(std::uint64_t offset, std::span<const std::byte> data, bool durable) {
+  const std::lock_guard lock(mutex_);
+  std::ranges::copy(data, at(now_, offset));
+  if (durable)
+    std::ranges::copy(data, at(durable_, offset));
+}
+
+void MemoryDisk::zero(const ByteRange& range, bool durable) {
+  const std::lock_guard lock(mutex_);
+  std::fill_n(at(now_, range.begin), range.size(), std::byte{0});
+  if (durable)
+    std::fill_n(at(durable_, range.begin), range.size(), std::byte{0});
+}
+
+void MemoryDisk::flush() {
+  const std::lock_guard lock(mutex_);
+  durable_ = now_;
+}
+
+bool MemoryDisk::all_zeros(const ByteRange& range) const {
+  const std::lock_guard lock(mutex_);
+  return std::all_of(at(now_, range.begin), at(now_, range.end),
+                     [](std::byte byte) { return byte == std::byte{0}; });
+}
+
+std::vector<std::byte> MemoryDisk::now() const {
+  const std::lock_guard lock(mutex_);
+  return now_;
+}
+
+std::vector<std::byte> MemoryDisk::durable() const {
+  const std::lock_guard lock(mutex_);
+  return durable_;
+}
+
+Capabilities MemoryStorage::everything(std::uint64_t size) {
+  Capabilities capabilities;
+  capabilities.size = size;
+  capabilities.can_write = true;
+  capabilities.can_flush = true;
+  capabilities.can_trim = true;
+  capabilities.can_zero = true;
+  capabilities.can_fast_zero = true;
+  capabilities.can_extents = true;
+  capabilities.can_cache = true;
+  capabilities.can_multi_conn = true;
+  capabilities.fua = Fua::native;
+  return capabilities;
+}
+
+std::vector<MemoryStorage::Call> MemoryStorage::calls() const {
+  const std::lock_guard lock(mutex_);
+  return calls_;
+}
+
+std::vector<MemoryStorage::Call> MemoryStorage::calls(Kind kind) const {
+  std::vector<Call> of_kind;
+  std::ranges::copy_if(calls(), std::back_inserter(of_kind),
+                       [kind](const Call& call) { return call.kind == kind; });
+  return of_kind;
+}
+
+void MemoryStorage::forget_calls() {
+  const std::lock_guard lock(mutex_);
+  calls_.clear();
+}
+
+std::vector<std::string> MemoryStorage::violations() const {
+  const std::lock_guard lock(mutex_);
+  return violations_;
+}
+
+void MemoryStorage::begin(const Call& call, bool allowed) {
+  {
+    const std::lock_guard lock(mutex_);
+    const ByteRange& range = call.range;
+    const auto violate = [&](const char* rule) {
+      violations_.push_back(std::string(rule) + ": " + std::to_string(range.begin) + " to " +
+                            std::to_string(range.end));
+    };
+    const bool ragged_end =
+        range.end % capabilities_.minimum != 0 && range.end != capabilities_.size;
+    if (!allowed)
+      violate("not supported");
+    if (call.kind != Kind::flush && range.empty())
+      violate("empty");
+    if (range.end > capabilities_.size)
+      violate("past the end");
+    if (range.begin % capabilities_.minimum != 0 || ragged_end)
+      violate("ragged");
+    if (range.size() > capabilities_.maximum)
+      violate("too large");
+    if (call.fua && capabilities_.fua == Fua::none)
+      violate("FUA not supported");
+    calls_.push_back(call);
+  }
+  if (before)
+    before(call);
+}
+
+void MemoryStorage::do_read(std::uint64_t offset, std::span<std::byte> data) {
+  begin({Kind::read, {offset, offset + data.size()}, false}, true);
+  disk_->read(offset, data);
+}
+
+void MemoryStorage::do_write(std::uint64_t offset, std::span<const std::byte> data, bool fua) {
+  begin({Kind::write, {offset, offset + data.size()}, fua}, capabilities_.can_write);
+  disk_->write(offset, data, fua);
+}
+
+void MemoryStorage::do_flush() {
+  begin({Kind::flush, {}, false}, capabilities_.can_flush);
+  disk_->flush();
+}
+
+void MemoryStorage::do_zero(const ByteRange& range, const ZeroOptions& options) {
+  begin({Kind::zero, range, options.fua},
+        capabilities_.can_write && (!options.fast || capabilities_.can_fast_zero));
+  disk_->zero(range, options.fua);
+}
+
+void MemoryStorage::do_trim(const ByteRange& range, bool fua) {
+  begin({Kind::trim, range, fua}, capabilities_.can_trim);
+  disk_->zero(range, fua);
+}
+
+void MemoryStorage::do_cache(const ByteRange& range) {
+  begin({Kind::cache, range, false}, capabilities_.can_cache);
+}
+
+qcowcache::Storage::Extents MemoryStorage::do_extents(const ByteRange& range, bool only_first) {
+  begin({Kind::extents, range, false}, capabilities_.can_extents);
+  constexpr std::uint64_t block = 4096;
+  Extents found;
+  for (ByteRange rest = range; !rest.empty();) {
+    const ByteRange part{rest.begin,
+                         std::min(rest.end, qcowcache::align_down(rest.begin, block) + block)};
+    const ExtentType type = disk_->all_zeros(part) ? ExtentType::hole_and_zero : ExtentType::data;
+    if (!found.empty() && found.back().type == type)
+      found.back().range.end = part.end;
+    else if (only_first && !found.empty())
+      return found;
+    else
+      found.push_back({part, type});
+    rest.begin = part.end;
+  }
+  return found;
+}

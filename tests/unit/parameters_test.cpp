@@ -1,0 +1,199 @@
+#include "parameters.hpp"
+
+#include "catch.hpp"
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+using qcowcache::ParameterError;
+using qcowcache::Parameters;
+using qcowcache::parse_size;
+
+namespace {
+
+/// What the operator is told; "" when the parameter is accepted.
+std::string complaint(std::string_view key, std::string_view value) {
+  Parameters parameters;
+  try {
+    parameters.set(key, value);
+  } catch (const ParameterError& error) {
+    return error.what();
+  }
+  return "";
+}
+
+bool has(const std::string& text, std::string_view part) {
+  return text.find(part) != std::string::npos;
+}
+
+constexpr std::uint64_t kibibyte = 1024;
+constexpr std::uint64_t mebibyte = 1024 * kibibyte;
+
+} // namespace
+
+TEST_CASE("what is not said has its default", "[parameters]") {
+  const Parameters parameters;
+  CHECK(parameters.size() == 64 * mebibyte);
+  CHECK_FALSE(parameters.cluster_size());
+}
+
+TEST_CASE("a size is digits and one letter at most, as nbdkit writes it", "[parameters]") {
+  const std::vector<std::pair<std::string_view, std::uint64_t>> sizes = {
+      {"0", 0},
+      {"1", 1},
+      {"0007", 7},
+      {"12b", 12},
+      {"12B", 12},
+      {"3s", 1536},
+      {"3S", 1536},
+      {"4k", 4096},
+      {"4K", 4096},
+      {"64M", 64 * mebibyte},
+      {"64m", 64 * mebibyte},
+      {"2G", 2048 * mebibyte},
+      {"2g", 2048 * mebibyte},
+      {"1T", mebibyte * mebibyte},
+      {"1t", mebibyte * mebibyte},
+      {"1P", kibibyte * mebibyte * mebibyte},
+      {"7E", 7 * mebibyte * mebibyte * mebibyte},
+      {"0E", 0},
+      {"9223372036854775807", 9223372036854775807U},
+  };
+  for (const auto& [text, size] : sizes) {
+    INFO(text);
+    CHECK(parse_size(text) == size);
+  }
+}
+
+TEST_CASE("what is not a size is none", "[parameters]") {
+  for (const std::string_view text :
+       {"",     " ",    "M",    "k4",   "-1",  "+1",  "- 1", " 1",   "1 ", "1 M", "1MB",
+        "1KiB", "1.5M", "1,5M", "0x10", "1e3", "64X", "64%", "auto", "\n", "1\n", "\xff"}) {
+    INFO('"' << text << '"');
+    CHECK_FALSE(parse_size(text));
+  }
+  CHECK_FALSE(parse_size(std::string_view{}));
+  CHECK_FALSE(parse_size(std::string_view("1\0", 2)));
+}
+
+TEST_CASE("a size that does not fit into 63 bits is none", "[parameters]") {
+  for (const std::string_view text :
+       {"9223372036854775808", "18446744073709551615", "18446744073709551616",
+        "99999999999999999999999999", "8E", "8192P", "9007199254740992K", "18014398509481984s"}) {
+    INFO(text);
+    CHECK_FALSE(parse_size(text));
+  }
+  CHECK(parse_size("9007199254740991K") == 9007199254740991U * 1024);
+  CHECK(parse_size("18014398509481983s") == 18014398509481983U * 512);
+}
+
+TEST_CASE("a size ends where its text ends, not where memory does", "[parameters]") {
+  const std::string_view text = "64M4096";
+  CHECK(parse_size(text.substr(0, 1)) == 6);
+  CHECK(parse_size(text.substr(0, 2)) == 64);
+  CHECK(parse_size(text.substr(0, 3)) == 64 * mebibyte);
+}
+
+TEST_CASE("qcowcache-size takes any size, the last one counts", "[parameters]") {
+  Parameters parameters;
+  CHECK(parameters.set("qcowcache-size", "16M"));
+  CHECK(parameters.size() == 16 * mebibyte);
+  CHECK(parameters.set("qcowcache-size", "0"));
+  CHECK(parameters.size() == 0);
+  CHECK(parameters.set("qcowcache-size", "1"));
+  CHECK(parameters.size() == 1);
+}
+
+TEST_CASE("qcowcache-cluster-size takes powers of two from 512 to 2M", "[parameters]") {
+  Parameters parameters;
+  for (std::uint64_t size = 512; size <= 2 * mebibyte; size *= 2) {
+    INFO(size);
+    CHECK(parameters.set("qcowcache-cluster-size", std::to_string(size)));
+    CHECK(parameters.cluster_size() == size);
+  }
+  CHECK(parameters.set("qcowcache-cluster-size", "1s"));
+  CHECK(parameters.cluster_size() == 512);
+  CHECK(parameters.set("qcowcache-cluster-size", "2M"));
+  CHECK(parameters.cluster_size() == 2 * mebibyte);
+}
+
+TEST_CASE("qcowcache-cluster-size=auto goes back to the header", "[parameters]") {
+  Parameters parameters;
+  CHECK(parameters.set("qcowcache-cluster-size", "64k"));
+  CHECK(parameters.set("qcowcache-cluster-size", "auto"));
+  CHECK_FALSE(parameters.cluster_size());
+}
+
+TEST_CASE("one line names a wrong size, its parameter and what is allowed", "[parameters]") {
+  for (const std::string_view value : {"", "lots", "-1", "64MB", "8E"}) {
+    const std::string line = complaint("qcowcache-size", value);
+    INFO(line);
+    CHECK(has(line, "qcowcache-size=" + std::string(value)));
+    CHECK(has(line, "64M"));
+    CHECK(has(line, "0"));
+    CHECK_FALSE(has(line, "\n"));
+  }
+}
+
+TEST_CASE("one line names a wrong cluster size, its parameter and what is allowed",
+          "[parameters]") {
+  for (const std::string_view value : {"", "0", "1", "256", "511", "513", "3K", "2097153", "3M",
+                                       "4M", "7E", "AUTO", "auto ", "-512", "off"}) {
+    const std::string line = complaint("qcowcache-cluster-size", value);
+    INFO(value << ": " << line);
+    CHECK(has(line, "qcowcache-cluster-size=" + std::string(value)));
+    CHECK(has(line, "auto"));
+    CHECK(has(line, "power of two"));
+    CHECK(has(line, "512"));
+    CHECK(has(line, "2M"));
+    CHECK_FALSE(has(line, "\n"));
+  }
+}
+
+TEST_CASE("a value that is refused leaves the one before it", "[parameters]") {
+  Parameters parameters;
+  parameters.set("qcowcache-size", "16M");
+  parameters.set("qcowcache-cluster-size", "4k");
+  CHECK_THROWS_AS(parameters.set("qcowcache-size", "wrong"), ParameterError);
+  CHECK_THROWS_AS(parameters.set("qcowcache-cluster-size", "wrong"), ParameterError);
+  CHECK(parameters.size() == 16 * mebibyte);
+  CHECK(parameters.cluster_size() == 4096);
+}
+
+TEST_CASE("one line names a parameter that there is not, its value, and those that there are",
+          "[parameters]") {
+  for (const std::string_view key :
+       {"qcowcache-", "qcowcache-sizes", "qcowcache-siz", "qcowcache-Size", "qcowcache-size "}) {
+    const std::string line = complaint(key, "12M");
+    INFO(line);
+    CHECK(has(line, std::string(key) + "=12M"));
+    CHECK(has(line, "allowed"));
+    CHECK(has(line, "size"));
+    CHECK(has(line, "cluster-size"));
+    CHECK_FALSE(has(line, "\n"));
+  }
+}
+
+TEST_CASE("what is not this filter's is left to others, whatever its value", "[parameters]") {
+  Parameters parameters;
+  for (const std::string_view key : {"", "file", "size", "cache-max-size", "cache-size",
+                                     "qcowcache", "qcow", "Qcowcache-size", "xqcowcache-size"}) {
+    INFO(key);
+    CHECK_FALSE(parameters.set(key, "nonsense"));
+  }
+  CHECK(parameters.size() == 64 * mebibyte);
+}
+
+TEST_CASE("the help names each parameter with its default", "[parameters]") {
+  const std::string help = Parameters::help();
+  CHECK(has(help, "qcowcache-size="));
+  CHECK(has(help, "64M"));
+  CHECK(has(help, "qcowcache-cluster-size="));
+  CHECK(has(help, "auto"));
+  CHECK(complaint("qcowcache-size", "64M").empty());
+  CHECK(complaint("qcowcache-cluster-size", "auto").empty());
+}

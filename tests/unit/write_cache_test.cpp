@@ -1,0 +1,789 @@
+#include "write_cache.hpp"
+
+#include "catch.hpp"
+#include "image_bytes.hpp"
+#include "memory_storage.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <future>
+#include <latch>
+#include <random>
+#include <thread>
+
+using namespace qcowcache;
+using Kind = MemoryStorage::Kind;
+
+namespace {
+
+constexpr std::uint64_t unit = WriteCache::least_unit_size;
+constexpr std::uint64_t disk_size = 64 * unit;
+
+/// A cache over a disk in memory, with a qcow2 header on it unless told otherwise.
+struct Bench {
+  explicit Bench(Capabilities capabilities = MemoryStorage::everything(disk_size),
+                 std::size_t memory = 32 * 1024 * 1024, WriteCache::Settings settings = {})
+      : budget(memory), storage(capabilities),
+        cache(std::make_shared<WriteCache>(std::move(settings), capabilities, ranges, budget)) {
+    budget.add_holder(cache);
+  }
+
+  Bench& with_header(unsigned cluster_bits = 16) {
+    storage.disk().write(0, qcow2_header(cluster_bits), true);
+    cache->learn_layout(storage);
+    storage.forget_calls();
+    return *this;
+  }
+
+  void write(std::uint64_t offset, std::span<const std::byte> data, bool fua = false) {
+    cache->write(storage, offset, data, fua);
+  }
+  [[nodiscard]] std::vector<std::byte> read(std::uint64_t offset, std::size_t size) {
+    std::vector<std::byte> data(size);
+    cache->read(storage, offset, data);
+    return data;
+  }
+  [[nodiscard]] std::vector<std::byte> on_disk(std::uint64_t offset, std::size_t size) const {
+    std::vector<std::byte> data(size);
+    storage.disk().read(offset, data);
+    return data;
+  }
+
+  RangeLock ranges;
+  MemoryBudget budget;
+  MemoryStorage storage;
+  std::shared_ptr<WriteCache> cache;
+};
+
+/// Makes storage refuse requests of one kind while it lives.
+class Refusal {
+public:
+  Refusal(MemoryStorage& storage, Kind kind, int error) : storage_(storage) {
+    storage_.before = [kind, error](const MemoryStorage::Call& call) {
+      if (call.kind == kind)
+        throw std::system_error(error, std::generic_category(), "refused");
+    };
+  }
+  Refusal(const Refusal&) = delete;
+  Refusal& operator=(const Refusal&) = delete;
+  ~Refusal() { storage_.before = nullptr; }
+
+private:
+  MemoryStorage& storage_;
+};
+
+/// Holds back the next write to storage until `let_go`.
+class Gate {
+public:
+  explicit Gate(MemoryStorage& storage) {
+    storage.before = [this](const MemoryStorage::Call& call) {
+      if (call.kind == Kind::write && !used_.exchange(true)) {
+        reached_.count_down();
+        open_.wait();
+      }
+    };
+  }
+  void wait_until_reached() const { reached_.wait(); }
+  void let_go() { open_.count_down(); }
+
+private:
+  std::atomic<bool> used_ = false;
+  std::latch reached_{1};
+  std::latch open_{1};
+};
+
+int error_of(const std::function<void()>& work) {
+  try {
+    work();
+  } catch (const std::system_error& error) {
+    return error.code().value();
+  }
+  return 0;
+}
+
+} // namespace
+
+TEST_CASE("without a qcow2 header every write reaches storage unchanged", "[write_cache]") {
+  Bench bench;
+  bench.cache->learn_layout(bench.storage);
+  bench.storage.forget_calls();
+  const auto data = pattern(777, 1);
+  bench.write(4099, data);
+  const auto calls = bench.storage.calls();
+  REQUIRE(calls.size() == 1);
+  CHECK(calls[0].kind == Kind::write);
+  CHECK(calls[0].range == ByteRange{4099, 4876});
+  CHECK(bench.cache->absorb(bench.storage, 4099, data) == Absorbed::off);
+}
+
+TEST_CASE("small writes are held, a full unit is written once and whole", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  std::vector<std::byte> image;
+  for (unsigned i = 0; image.size() < unit; ++i) {
+    auto piece = pattern(std::min<std::size_t>(1000 + i * 7, unit - image.size()), i);
+    bench.write(unit + image.size(), piece);
+    image.insert(image.end(), piece.begin(), piece.end());
+    if (image.size() < unit)
+      REQUIRE(bench.storage.calls(Kind::write).empty());
+  }
+  const auto writes = bench.storage.calls(Kind::write);
+  REQUIRE(writes.size() == 1);
+  CHECK(writes[0].range == ByteRange{unit, 2 * unit});
+  CHECK(bench.storage.calls(Kind::read).empty());
+  CHECK(bench.on_disk(unit, unit) == image);
+  CHECK(bench.read(unit, unit) == image);
+}
+
+TEST_CASE("a compressed cluster that crosses host clusters goes into both", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  const auto data = pattern(5000, 3);
+  CHECK(bench.cache->absorb(bench.storage, 2 * unit - 1234, data) == Absorbed::held);
+  CHECK(bench.read(2 * unit - 1234, data.size()) == data);
+  bench.cache->flush(bench.storage);
+  CHECK(bench.on_disk(2 * unit - 1234, data.size()) == data);
+}
+
+TEST_CASE("a flush writes partial units on whole blocks, reading nothing that is known",
+          "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  const auto first = pattern(1500, 4);
+  bench.write(unit + 100, first);
+  bench.cache->flush(bench.storage);
+  auto writes = bench.storage.calls(Kind::write);
+  REQUIRE(writes.size() == 1);
+  CHECK(writes[0].range == ByteRange{unit, unit + 4096});
+  CHECK(bench.storage.calls(Kind::read).empty()); // storage said that it is zeros
+  CHECK(bench.storage.calls().back().kind == Kind::flush);
+
+  SECTION("appending afterwards needs no read either") {
+    bench.storage.forget_calls();
+    const auto second = pattern(5000, 5);
+    bench.write(unit + 1600, second);
+    bench.cache->flush(bench.storage);
+    writes = bench.storage.calls(Kind::write);
+    REQUIRE(writes.size() == 1);
+    CHECK(writes[0].range == ByteRange{unit, unit + 8192});
+    CHECK(bench.storage.calls(Kind::read).empty());
+    CHECK(bench.on_disk(unit + 100, 1500) == first);
+    CHECK(bench.on_disk(unit + 1600, 5000) == second);
+  }
+  SECTION("with nothing new nothing is written") {
+    bench.storage.forget_calls();
+    bench.cache->flush(bench.storage);
+    CHECK(bench.storage.calls(Kind::write).empty());
+  }
+}
+
+TEST_CASE("storage without extents is read once where a block has to be completed",
+          "[write_cache]") {
+  Capabilities capabilities = MemoryStorage::everything(disk_size);
+  capabilities.can_extents = false;
+  Bench bench(capabilities);
+  const auto old = pattern(2 * unit, 9);
+  bench.storage.disk().write(2 * unit, old, true);
+  bench.with_header();
+  const auto data = pattern(6000, 10);
+  bench.write(2 * unit + 1000, data);
+  bench.cache->flush(bench.storage);
+  const auto reads = bench.storage.calls(Kind::read);
+  REQUIRE(reads.size() == 1);
+  CHECK(reads[0].range == ByteRange{2 * unit, 2 * unit + 8192});
+
+  auto expected = std::vector<std::byte>(old.begin(), old.begin() + 8192);
+  std::ranges::copy(data, expected.begin() + 1000);
+  CHECK(bench.on_disk(2 * unit, 8192) == expected);
+  bench.write(2 * unit + 500, pattern(100, 11));
+  bench.cache->flush(bench.storage);
+  CHECK(bench.storage.calls(Kind::read).size() == 1);
+}
+
+TEST_CASE("the last bytes of an odd-sized export", "[write_cache]") {
+  const std::uint64_t size = GENERATE(2 * unit + 1, 2 * unit + 511, 3 * unit - 1, unit + 4097);
+  Bench bench(MemoryStorage::everything(size));
+  bench.with_header();
+  const auto data = pattern(1, 5);
+  bench.write(size - 1, data);
+  bench.cache->flush(bench.storage);
+  CHECK(bench.on_disk(size - 1, 1) == data);
+  CHECK(bench.storage.violations().empty());
+
+  // The last unit is full when it is full up to the end of the export.
+  const std::uint64_t begin = align_down(size - 1, unit);
+  bench.storage.forget_calls();
+  const auto all = pattern(size - begin, 6);
+  bench.write(begin, all);
+  REQUIRE(bench.storage.calls(Kind::write).size() == 1);
+  CHECK(bench.storage.calls(Kind::write)[0].range == ByteRange{begin, size});
+}
+
+TEST_CASE("a write over earlier dirty bytes wins", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  const auto first = pattern(8000, 1);
+  auto expected = first;
+  const auto second = pattern(3000, 2);
+  std::ranges::copy(second, expected.begin() + 2000);
+  bench.write(3 * unit + 10, first);
+  bench.write(3 * unit + 2010, second);
+  CHECK(bench.read(3 * unit + 10, 8000) == expected);
+  bench.cache->flush(bench.storage);
+  CHECK(bench.on_disk(3 * unit + 10, 8000) == expected);
+}
+
+TEST_CASE("a client that writes to a unit that is being written does not wait", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  const auto first = pattern(6000, 1);
+  const auto second = pattern(3000, 2);
+  auto expected = first;
+  std::ranges::copy(second, expected.begin() + 1000);
+
+  bench.write(unit, first);
+  Gate gate(bench.storage);
+  auto flush = std::async(std::launch::async, [&] { bench.cache->flush(bench.storage); });
+  gate.wait_until_reached();
+  CHECK(bench.cache->absorb(bench.storage, unit + 1000, second) == Absorbed::held);
+  CHECK(bench.read(unit, 6000) == expected);
+  gate.let_go();
+  flush.get();
+  bench.storage.before = nullptr;
+
+  CHECK(bench.on_disk(unit, 6000) == first); // the flush began before the second write
+  CHECK(bench.read(unit, 6000) == expected);
+  bench.cache->flush(bench.storage);
+  CHECK(bench.on_disk(unit, 6000) == expected);
+}
+
+TEST_CASE("a unit that is refused while it is written to anew keeps both", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  const auto first = pattern(6000, 1);
+  const auto second = pattern(3000, 2);
+  auto expected = first;
+  std::ranges::copy(second, expected.begin() + 1000);
+
+  bench.write(unit, first);
+  std::latch reached(1);
+  std::latch open(1);
+  bench.storage.before = [&](const MemoryStorage::Call& call) {
+    if (call.kind == Kind::write) {
+      reached.count_down();
+      open.wait();
+      throw std::system_error(ENOSPC, std::generic_category(), "refused");
+    }
+  };
+  auto flush = std::async(std::launch::async,
+                          [&] { return error_of([&] { bench.cache->flush(bench.storage); }); });
+  reached.wait();
+  bench.storage.before = nullptr;
+  CHECK(bench.cache->absorb(bench.storage, unit + 1000, second) == Absorbed::held);
+  open.count_down();
+  CHECK(flush.get() == ENOSPC);
+  CHECK(bench.read(unit, 6000) == expected);
+  CHECK(bench.cache->unsaved().bytes == 6000);
+  bench.cache->flush(bench.storage);
+  CHECK(bench.on_disk(unit, 6000) == expected);
+  CHECK(bench.cache->unsaved().bytes == 0);
+}
+
+TEST_CASE("when there is no memory for a second buffer the unit is busy", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  bench.cache->release_clean(SIZE_MAX);
+  std::vector<std::shared_ptr<MemoryBudget::Buffer>> hoard;
+  bench.write(unit, pattern(6000, 1));
+  while (auto buffer = bench.budget.try_take(unit, 0))
+    hoard.push_back(std::move(buffer));
+
+  Gate gate(bench.storage);
+  auto flush = std::async(std::launch::async, [&] { bench.cache->flush(bench.storage); });
+  gate.wait_until_reached();
+  const auto data = pattern(100, 2);
+  CHECK(bench.cache->absorb(bench.storage, unit, data) == Absorbed::unit_busy);
+  CHECK(bench.cache->absorb(bench.storage, 2 * unit, data) == Absorbed::no_memory);
+  auto write = std::async(std::launch::async, [&] { bench.write(unit, data); });
+  gate.let_go();
+  flush.get();
+  write.get();
+  CHECK(bench.read(unit, 100) == data);
+}
+
+TEST_CASE("refused bytes stay, are read, and the next flush tries again", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  const int error = GENERATE(ENOSPC, EIO, EPERM);
+  const auto full = pattern(unit, 1);
+  const auto part = pattern(999, 2);
+  {
+    const Refusal refusal(bench.storage, Kind::write, error);
+    bench.write(2 * unit, full); // acknowledged: it is in memory
+    bench.write(4 * unit + 5, part);
+    CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == error);
+    CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == error);
+    CHECK(bench.storage.calls(Kind::flush).empty());
+    CHECK(bench.read(2 * unit, unit) == full);
+    CHECK(bench.read(4 * unit + 5, 999) == part);
+    CHECK(bench.cache->unsaved().bytes == unit + 999);
+  }
+  bench.cache->flush(bench.storage);
+  CHECK(bench.on_disk(2 * unit, unit) == full);
+  CHECK(bench.on_disk(4 * unit + 5, 999) == part);
+}
+
+TEST_CASE("a fill-up read that fails is a refused write", "[write_cache]") {
+  Capabilities capabilities = MemoryStorage::everything(disk_size);
+  capabilities.can_extents = false;
+  Bench bench(capabilities);
+  bench.with_header();
+  const auto data = pattern(100, 1);
+  {
+    const Refusal refusal(bench.storage, Kind::read, EIO);
+    bench.write(unit + 7, data);
+    CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == EIO);
+  }
+  CHECK(bench.storage.calls(Kind::write).empty());
+  CHECK(bench.cache->unsaved().bytes == 100);
+  bench.cache->flush(bench.storage);
+  CHECK(bench.on_disk(unit + 7, 100) == data);
+}
+
+TEST_CASE("a failing flush of storage is reported", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  bench.write(unit, pattern(10, 1));
+  const Refusal refusal(bench.storage, Kind::flush, EIO);
+  CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == EIO);
+}
+
+TEST_CASE("full memory writes the oldest units, and refused memory lets writes through",
+          "[write_cache]") {
+  Bench bench(MemoryStorage::everything(disk_size), 4 * (unit + 8192));
+  bench.with_header();
+  for (unsigned i = 1; i <= 8; ++i)
+    bench.write(i * unit + 3, pattern(100, i));
+  CHECK_FALSE(bench.storage.calls(Kind::write).empty());
+  CHECK(bench.storage.calls(Kind::write)[0].range.begin == unit);
+  CHECK(bench.budget.used() <= bench.budget.limit());
+
+  const Refusal refusal(bench.storage, Kind::write, ENOSPC);
+  unsigned refused = 0;
+  for (unsigned i = 20; i <= 28; ++i)
+    refused += error_of([&] { bench.write(i * unit + 3, pattern(100, i)); }) == ENOSPC ? 1 : 0;
+  CHECK(refused > 0);
+  for (unsigned i = 1; i <= 8; ++i)
+    CHECK(bench.read(i * unit + 3, 100) == pattern(100, i));
+}
+
+TEST_CASE("FUA is durable when it is acknowledged", "[write_cache]") {
+  Capabilities capabilities = MemoryStorage::everything(disk_size);
+  capabilities.fua = GENERATE(Fua::none, Fua::emulate, Fua::native);
+  Bench bench(capabilities);
+  bench.with_header();
+  bench.write(unit + 50, pattern(100, 1)); // dirty in the block that FUA will write
+  const auto data = pattern(3000, 2);
+  bench.write(unit + 200, data, true);
+  const auto durable = bench.storage.disk().durable();
+  CHECK(std::equal(data.begin(), data.end(), durable.begin() + unit + 200));
+  CHECK(bench.read(unit + 50, 100) == pattern(100, 1));
+  for (const auto& call : bench.storage.calls(Kind::write)) {
+    CHECK(call.range.begin % 4096 == 0);
+    CHECK(call.range.end % 4096 == 0);
+  }
+  bench.cache->flush(bench.storage);
+  CHECK(bench.on_disk(unit + 50, 100) == pattern(100, 1));
+  CHECK(bench.on_disk(unit + 200, 3000) == data);
+}
+
+TEST_CASE("a large FUA write with ragged ends", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  const auto old = pattern(disk_size - unit, 7);
+  bench.write(unit, old);
+  bench.cache->flush(bench.storage);
+  const auto data = pattern(40 * unit, 8);
+  bench.write(2 * unit + 77, data, true);
+  auto expected = old;
+  std::ranges::copy(data, expected.begin() + unit + 77);
+  CHECK(bench.on_disk(unit, expected.size()) == expected);
+  CHECK(bench.read(unit, expected.size()) == expected);
+}
+
+TEST_CASE("zero drops what is cached only after storage has said yes", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  const auto data = pattern(9000, 1);
+  bench.write(unit, data);
+  {
+    const Refusal refusal(bench.storage, Kind::zero, EIO);
+    CHECK(error_of([&] { bench.cache->zero(bench.storage, {unit, unit + 4096}, {}); }) == EIO);
+    CHECK(bench.read(unit, 9000) == data);
+  }
+  bench.cache->zero(bench.storage, {unit + 1000, unit + 5000}, {});
+  auto expected = data;
+  std::fill_n(expected.begin() + 1000, 4000, std::byte{0});
+  CHECK(bench.read(unit, 9000) == expected);
+  bench.cache->flush(bench.storage);
+  CHECK(bench.on_disk(unit, 9000) == expected);
+}
+
+TEST_CASE("zeroing or trimming refused bytes ends the refusal", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  bench.write(unit, pattern(9000, 1));
+  {
+    const Refusal refusal(bench.storage, Kind::write, ENOSPC);
+    CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == ENOSPC);
+    if (GENERATE(true, false))
+      bench.cache->zero(bench.storage, {unit, 2 * unit}, {});
+    else
+      bench.cache->trim(bench.storage, {unit, 2 * unit}, false);
+    CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == 0);
+  }
+}
+
+TEST_CASE("a fast zero that cannot be one request changes nothing", "[write_cache]") {
+  Capabilities capabilities = MemoryStorage::everything(disk_size);
+  capabilities.minimum = 512;
+  Bench bench(capabilities);
+  bench.with_header();
+  const auto data = pattern(3000, 1);
+  bench.write(unit, data);
+  bench.storage.forget_calls();
+  Storage::ZeroOptions fast;
+  fast.fast = true;
+  CHECK(error_of([&] {
+          bench.cache->zero(bench.storage, {unit + 1, unit + 1024}, fast);
+        }) == ENOTSUP);
+  CHECK(bench.storage.calls().empty());
+  CHECK(bench.read(unit, 3000) == data);
+  bench.cache->zero(bench.storage, {unit, unit + 1024}, fast);
+  CHECK(bench.storage.calls(Kind::zero).size() == 1);
+}
+
+TEST_CASE("requests fit storage's block sizes", "[write_cache]") {
+  constexpr std::uint64_t size_of_all = 8 * unit;
+  Capabilities capabilities = MemoryStorage::everything(size_of_all);
+  capabilities.minimum = GENERATE(512U, 4096U, 65536U);
+  capabilities.maximum = GENERATE(65536U, 196608U, UINT32_MAX);
+  const bool header = GENERATE(true, false);
+  Bench bench(capabilities);
+  if (header)
+    bench.with_header();
+  std::vector<std::byte> model = bench.storage.disk().now();
+  std::mt19937 random(1);
+  for (unsigned i = 0; i < 200; ++i) {
+    const std::uint64_t offset = unit + random() % (size_of_all - unit - 70000);
+    const std::size_t size = 1 + random() % (random() % 10 == 0 ? 70000 : 5000);
+    const auto where = model.begin() + static_cast<std::ptrdiff_t>(offset);
+    switch (random() % 8) {
+    case 0:
+      bench.cache->zero(bench.storage, {offset, offset + size}, {});
+      std::fill_n(where, size, std::byte{0});
+      break;
+    case 1:
+      REQUIRE(bench.read(offset, size) == std::vector<std::byte>(where, where + size));
+      break;
+    case 2:
+      bench.cache->flush(bench.storage);
+      break;
+    case 3:
+      CHECK_FALSE(bench.cache->extents(bench.storage, {offset, offset + size}, false).empty());
+      break;
+    default: {
+      const auto data = pattern(size, i);
+      bench.write(offset, data, random() % 5 == 0);
+      std::ranges::copy(data, where);
+      break;
+    }
+    }
+  }
+  bench.cache->flush(bench.storage);
+  CHECK(bench.storage.disk().now() == model);
+  CHECK(bench.storage.violations().empty());
+}
+
+TEST_CASE("extents show what only the cache has as data", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  bench.write(unit + 100, pattern(50, 1));
+  const auto extents = bench.cache->extents(bench.storage, {unit, 2 * unit}, false);
+  REQUIRE(extents.size() == 3);
+  CHECK(extents[0].range == ByteRange{unit, unit + 100});
+  CHECK(extents[0].type == Storage::ExtentType::hole_and_zero);
+  CHECK(extents[1].range == ByteRange{unit + 100, unit + 150});
+  CHECK(extents[1].type == Storage::ExtentType::data);
+  CHECK(extents[2].range == ByteRange{unit + 150, 2 * unit});
+}
+
+TEST_CASE("the header is seen when it is written in pieces, changed, and removed",
+          "[write_cache]") {
+  Bench bench;
+  bench.cache->learn_layout(bench.storage);
+  CHECK_FALSE(bench.cache->caching());
+  const auto header = qcow2_header(21);
+  bench.write(0, std::span(header).first(30));
+  CHECK_FALSE(bench.cache->caching());
+  bench.write(30, std::span(header).subspan(30));
+  REQUIRE(bench.cache->caching());
+  CHECK(bench.cache->unit_size() == 2 * 1024 * 1024);
+
+  const auto dirty = pattern(1000, 1);
+  bench.write(5 * unit, dirty);
+  bench.write(0, qcow2_header(12));
+  CHECK(bench.cache->caching());
+  bench.cache->flush(bench.storage);
+  CHECK(bench.cache->unit_size() == unit);
+  CHECK(bench.on_disk(5 * unit, 1000) == dirty);
+
+  bench.write(6 * unit, dirty);
+  bench.cache->zero(bench.storage, {0, 512}, {});
+  CHECK_FALSE(bench.cache->caching());
+  CHECK(bench.read(6 * unit, 1000) == dirty);
+  bench.write(6 * unit + 10, pattern(5, 2));
+  CHECK(bench.read(6 * unit + 10, 5) == pattern(5, 2));
+  bench.cache->flush(bench.storage);
+  CHECK(bench.on_disk(6 * unit + 10, 5) == pattern(5, 2));
+}
+
+TEST_CASE("a header that cannot be read is an unknown layout, not an error", "[write_cache]") {
+  Capabilities capabilities = MemoryStorage::everything(disk_size);
+  capabilities.can_extents = false;
+  Bench bench(capabilities);
+  bench.storage.disk().write(0, qcow2_header(16), true);
+  {
+    const Refusal refusal(bench.storage, Kind::read, EIO);
+    bench.cache->learn_layout(bench.storage);
+  }
+  CHECK_FALSE(bench.cache->caching());
+  bench.write(unit, pattern(10, 1));
+  CHECK(bench.on_disk(unit, 10) == pattern(10, 1));
+}
+
+TEST_CASE("what was learned goes when the last connection ends", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  const auto kept = pattern(100, 1);
+  bench.write(unit, pattern(100, 2));
+  bench.cache->flush(bench.storage);
+  const Refusal refusal(bench.storage, Kind::write, EIO);
+  bench.write(2 * unit, kept);
+  CHECK(bench.cache->drain(bench.storage).bytes == 100);
+  bench.cache->forget_all();
+  CHECK_FALSE(bench.cache->caching());
+  bench.storage.disk().write(unit, pattern(100, 3), true);
+  CHECK(bench.read(unit, 100) == pattern(100, 3));
+  CHECK(bench.read(2 * unit, 100) == kept);
+  CHECK(bench.cache->unsaved().bytes == 100);
+}
+
+TEST_CASE("drain and stop leaves nothing and takes nothing", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  const auto data = pattern(100, 1);
+  bench.write(unit, data);
+  CHECK(bench.cache->drain_and_stop(bench.storage).bytes == 0);
+  CHECK(bench.on_disk(unit, 100) == data);
+  CHECK(bench.cache->absorb(bench.storage, unit, data) == Absorbed::off);
+  bench.write(2 * unit, data);
+  CHECK(bench.on_disk(2 * unit, 100) == data);
+}
+
+TEST_CASE("the end of a cluster queues its unit, and units left behind follow", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  bench.write(unit, pattern(100, 1));
+  bench.cache->set_cluster_end(unit + 50);
+  CHECK(bench.cache->write_next(bench.storage));
+  CHECK(bench.on_disk(unit, 100) == pattern(100, 1));
+  CHECK_FALSE(bench.cache->write_next(bench.storage));
+
+  bench.write(2 * unit, pattern(100, 2));
+  for (std::uint64_t i = 3; i < 3 + WriteCache::left_behind_after - 1; ++i)
+    bench.write(i * unit, pattern(unit, 3));
+  CHECK(bench.on_disk(2 * unit, 100) == std::vector<std::byte>(100));
+  bench.write(50 * unit, pattern(unit, 3));
+  CHECK(bench.on_disk(2 * unit, 100) == pattern(100, 2));
+}
+
+TEST_CASE("full units that wait side by side are merged", "[write_cache]") {
+  WriteCache::Settings settings;
+  settings.max_write = 4 * unit;
+  settings.wake_writer = [] {}; // somebody else is to write
+  Bench bench(MemoryStorage::everything(disk_size), 32 * 1024 * 1024, std::move(settings));
+  bench.with_header();
+  const auto data = pattern(10 * unit, 1);
+  bench.write(unit, data);
+  CHECK(bench.storage.calls(Kind::write).empty());
+  while (bench.cache->write_next(bench.storage)) {
+  }
+  const auto writes = bench.storage.calls(Kind::write);
+  REQUIRE(writes.size() == 3);
+  CHECK(writes[0].range == ByteRange{unit, 5 * unit});
+  CHECK(bench.on_disk(unit, data.size()) == data);
+}
+
+TEST_CASE("another cache's change is seen, and what is dirty survives it", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  bench.write(unit, pattern(100, 1));
+  bench.cache->flush(bench.storage);
+  bench.write(unit + 200, pattern(100, 2));
+  bench.storage.disk().write(unit, pattern(4096, 9), true);
+  bench.cache->forget({unit, unit + 4096});
+  CHECK(bench.read(unit, 200) == [&] {
+    auto expected = pattern(4096, 9);
+    expected.resize(200);
+    return expected;
+  }());
+  bench.cache->flush(bench.storage);
+  auto expected = pattern(4096, 9);
+  std::ranges::copy(pattern(100, 2), expected.begin() + 200);
+  CHECK(bench.on_disk(unit, 4096) == expected);
+}
+
+TEST_CASE("a unit in very many pieces keeps its bookkeeping small", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  std::vector<std::byte> model(2 * unit);
+  for (std::uint64_t offset = 0; offset < unit; offset += 3) {
+    const auto data = pattern(1, static_cast<unsigned>(offset));
+    bench.write(unit + offset, data, offset % 33 == 0);
+    model[offset] = data[0];
+    if (offset % 30 == 0) {
+      bench.cache->zero(bench.storage, {unit + offset, unit + offset + 1}, {});
+      model[offset] = std::byte{0};
+    }
+  }
+  model.resize(unit);
+  CHECK(bench.read(unit, unit) == model);
+  bench.cache->flush(bench.storage);
+  CHECK(bench.on_disk(unit, unit) == model);
+}
+
+TEST_CASE("a connection that sees a smaller export cannot write what lies behind",
+          "[write_cache]") {
+  auto disk = std::make_shared<MemoryDisk>(disk_size);
+  RangeLock ranges;
+  MemoryBudget budget(32 * 1024 * 1024);
+  WriteCache::Settings settings;
+  settings.cluster_size = unit;
+  MemoryStorage large(MemoryStorage::everything(disk_size), disk);
+  MemoryStorage small(MemoryStorage::everything(2 * unit + 100), disk);
+  const auto cache =
+      std::make_shared<WriteCache>(std::move(settings), large.capabilities(), ranges, budget);
+  const auto data = pattern(200, 1);
+  cache->write(large, 2 * unit + 50, data, false);
+  CHECK(error_of([&] { cache->flush(small); }) == EIO);
+  CHECK(small.violations().empty());
+  cache->flush(large);
+  std::vector<std::byte> stored(200);
+  disk->read(2 * unit + 50, stored);
+  CHECK(stored == data);
+}
+
+TEST_CASE("random requests behave like an array of bytes", "[write_cache]") {
+  const unsigned seed = GENERATE(range(0U, 24U));
+  INFO("seed " << seed);
+  std::mt19937 random(seed);
+  constexpr std::uint64_t size = 12 * unit + 777;
+  Capabilities capabilities = MemoryStorage::everything(size);
+  capabilities.can_extents = seed % 2 == 0;
+  Bench bench(capabilities, (4 + seed % 3) * (unit + 8192));
+  bench.with_header(seed % 3 == 0 ? 12 : 16);
+  std::vector<std::byte> model = bench.storage.disk().now();
+  for (unsigned i = 0; i < 1500; ++i) {
+    const std::uint64_t offset = 512 + random() % (size - 512);
+    const std::size_t most = random() % 20 == 0 ? 3 * unit : 3000;
+    const std::size_t count = std::min<std::uint64_t>(1 + random() % most, size - offset);
+    const ByteRange range{offset, offset + count};
+    const auto where = model.begin() + static_cast<std::ptrdiff_t>(offset);
+    switch (random() % 12) {
+    case 0:
+      bench.cache->zero(bench.storage, range, {});
+      std::fill_n(where, count, std::byte{0});
+      break;
+    case 1:
+      bench.cache->trim(bench.storage, range, false);
+      std::fill_n(where, count, std::byte{0});
+      break;
+    case 2:
+    case 3:
+      REQUIRE(bench.read(offset, count) == std::vector<std::byte>(where, where + count));
+      break;
+    case 4:
+      bench.cache->flush(bench.storage);
+      REQUIRE(bench.storage.disk().durable() == model);
+      break;
+    default: {
+      const auto data = pattern(count, i);
+      bench.write(offset, data, random() % 10 == 0);
+      std::ranges::copy(data, where);
+      break;
+    }
+    }
+    REQUIRE(bench.budget.used() <= bench.budget.limit());
+  }
+  REQUIRE(bench.read(0, size) == model);
+  bench.cache->flush(bench.storage);
+  CHECK(bench.storage.disk().durable() == model);
+  CHECK(bench.storage.violations().empty());
+}
+
+TEST_CASE("threads that share every block lose nothing", "[write_cache]") {
+  // Each thread owns every n-th 64-byte stripe, so that blocks and units are shared by all, and
+  // checks its own bytes.
+  constexpr std::size_t threads = 6;
+  constexpr std::uint64_t stripe = 64;
+  constexpr std::uint64_t size = 6 * unit + 333;
+  Capabilities capabilities = MemoryStorage::everything(size);
+  capabilities.can_extents = GENERATE(true, false);
+  Bench bench(capabilities, 4 * (unit + 8192));
+  bench.with_header();
+  std::vector<std::byte> model = bench.storage.disk().now();
+  std::atomic<unsigned> wrong = 0;
+  std::vector<std::jthread> workers;
+  for (std::size_t thread = 0; thread < threads; ++thread) {
+    workers.emplace_back([&, thread] {
+      std::mt19937 random(static_cast<unsigned>(thread));
+      for (unsigned i = 0; i < 3000; ++i) {
+        const std::uint64_t stripes = (size - 512) / (stripe * threads);
+        const std::uint64_t begin =
+            512 + (random() % stripes * threads + thread) * stripe + random() % stripe;
+        const std::uint64_t end = align_down(begin, stripe) + stripe;
+        const ByteRange range{begin, std::min<std::uint64_t>(end, begin + 1 + random() % stripe)};
+        const auto where = model.begin() + static_cast<std::ptrdiff_t>(range.begin);
+        switch (random() % 16) {
+        case 0:
+          bench.cache->zero(bench.storage, range, {});
+          std::fill_n(where, range.size(), std::byte{0});
+          break;
+        case 1:
+          bench.cache->flush(bench.storage);
+          break;
+        case 2:
+        case 3:
+        case 4:
+          if (bench.read(range.begin, range.size()) !=
+              std::vector<std::byte>(where, where + static_cast<std::ptrdiff_t>(range.size())))
+            ++wrong;
+          break;
+        default: {
+          const auto data = pattern(range.size(), i + static_cast<unsigned>(thread) * 10007);
+          bench.write(range.begin, data, random() % 8 == 0);
+          std::ranges::copy(data, where);
+          break;
+        }
+        }
+      }
+    });
+  }
+  workers.clear();
+  CHECK(wrong == 0);
+  REQUIRE(bench.read(0, size) == model);
+  bench.cache->flush(bench.storage);
+  CHECK(bench.storage.disk().durable() == model);
+  CHECK(bench.storage.violations().empty());
+}
