@@ -52,14 +52,12 @@ std::optional<Header> parse_header(std::span<const std::byte> bytes) noexcept {
   if (header.extended_l2 && header.cluster_bits < least_extended_l2_cluster_bits)
     return std::nullopt;
 
-  // The feature bit says that the type is not deflate; the field is there when the header is
-  // longer.
-  if ((features & has_compression_type) != 0) {
-    if (header_length <= version_3_length || bytes.size() <= version_3_length ||
-        bytes[version_3_length] != std::byte{1})
-      return std::nullopt;
-    header.compression = Compression::zstd;
-  }
+  // The field is there when the header is longer; the feature bit says whether it is not deflate.
+  const bool has_field = header_length > version_3_length && bytes.size() > version_3_length;
+  const auto type = has_field ? std::to_integer<unsigned>(bytes[version_3_length]) : 0U;
+  if (type > 1 || (type != 0) != ((features & has_compression_type) != 0))
+    return std::nullopt;
+  header.compression = type == 1 ? Compression::zstd : Compression::deflate;
   return header;
 }
 

@@ -87,21 +87,17 @@ def _filesystem(path, size):
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir()
     room = size * 4 // 5
+    largest = size // 64
     files = 0
-    for parent, directories, names in os.walk("/usr"):
-        directories.sort()
-        for name in sorted(names):
-            file = pathlib.Path(parent) / name
-            if file.is_symlink() or not file.is_file() or not os.access(file, os.R_OK):
-                continue
-            needed = (file.stat().st_size + 4096) // 4096 * 4096
-            if needed < room // 16 and needed <= room:
-                copy = stage / file.relative_to("/")
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, copy)
-                room -= needed
-                files += 1
-        if room < size // 100:
+    for file in _files("/usr"):
+        needed = (file.stat().st_size + 4096) // 4096 * 4096
+        if needed <= largest:
+            copy = stage / file.relative_to("/")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+            room -= needed
+            files += 1
+        if room < largest:
             break
     with open(path, "wb") as image:
         image.truncate(size)
@@ -110,6 +106,16 @@ def _filesystem(path, size):
         subprocess.run([*command, "-d", str(stage), str(path)], check=True)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _files(directory):
+    """The plain files below a directory, always in the same order."""
+    for parent, directories, names in os.walk(directory):
+        directories.sort()
+        for name in sorted(names):
+            file = pathlib.Path(parent) / name
+            if file.is_file() and not file.is_symlink() and os.access(file, os.R_OK):
+                yield file
 
 
 _MAKERS = {"ones": _ones, "random": _random, "tar": _tar, "filesystem": _filesystem}

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <latch>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <thread>
@@ -42,6 +43,12 @@ public:
     has_ -= given;
     return given;
   }
+  [[nodiscard]] bool writing() const override { return is_writing; }
+  [[nodiscard]] std::optional<Clock::time_point> oldest() const override { return oldest_data; }
+  void queue_oldest() override { asked_ += name_ + " queues "; }
+
+  bool is_writing = false;
+  std::optional<Clock::time_point> oldest_data;
 
 private:
   std::string name_;
@@ -267,6 +274,10 @@ TEST_CASE("a holder may give buffers back to the budget that asks it", "[memory_
       return given;
     }
 
+    [[nodiscard]] bool writing() const override { return false; }
+    [[nodiscard]] std::optional<Clock::time_point> oldest() const override { return std::nullopt; }
+    void queue_oldest() override {}
+
   private:
     Buffers buffers_;
   };
@@ -307,4 +318,68 @@ TEST_CASE("threads that take and give back at the same time never exceed the lim
   CHECK(taken > 1000);
   CHECK(excesses == 0);
   CHECK(budget.used() == 0);
+}
+
+TEST_CASE("who needs memory presses itself first, then whoever holds the oldest data",
+          "[memory_budget]") {
+  MemoryBudget budget(page);
+  std::string asked;
+  const auto own = std::make_shared<NamedHolder>("own", 0, asked);
+  const auto old = std::make_shared<NamedHolder>("old", 0, asked);
+  const auto young = std::make_shared<NamedHolder>("young", 0, asked);
+  for (const auto& holder : {own, young, old})
+    budget.add_holder(holder);
+
+  CHECK_FALSE(budget.press(*own));
+  const auto now = MemoryBudget::Holder::Clock::now();
+  young->oldest_data = now;
+  old->oldest_data = now - std::chrono::seconds(1);
+  CHECK(budget.press(*own));
+  CHECK(asked == "old queues ");
+  own->oldest_data = now;
+  CHECK(budget.press(*own));
+  CHECK(asked == "old queues own queues ");
+  own->oldest_data.reset();
+  young->is_writing = true; // memory will come back without anybody's being asked
+  CHECK(budget.press(*own));
+  CHECK(asked == "old queues own queues ");
+}
+
+TEST_CASE("waiting for a change ends with a change", "[memory_budget]") {
+  MemoryBudget budget(page);
+  const std::uint64_t seen = budget.changes();
+  std::thread changing([&] { budget.note_change(); });
+  budget.wait_for_change(seen, std::chrono::hours(1));
+  changing.join();
+  CHECK(budget.changes() != seen);
+  {
+    const auto buffer = budget.try_take(page, 0);
+    REQUIRE(buffer);
+  }
+  CHECK(budget.changes() != seen + 1); // a buffer came back
+}
+
+TEST_CASE("a lower limit takes effect as memory comes back, a higher one at once",
+          "[memory_budget]") {
+  MemoryBudget budget(4 * page);
+  auto first = budget.try_take(2 * page, 0);
+  REQUIRE(first);
+  budget.set_limit(page);
+  CHECK_FALSE(budget.try_take(page, 0));
+  first.reset();
+  CHECK(budget.try_take(page, 0));
+  CHECK_FALSE(budget.try_take(2 * page, 0));
+  budget.set_limit(8 * page);
+  CHECK(budget.try_take(8 * page, 0));
+}
+
+TEST_CASE("a fair share is half of the memory for one, and leaves some for the next",
+          "[memory_budget]") {
+  MemoryBudget budget(8 * page);
+  CHECK(budget.fair(0, 8 * page));
+  budget.add_unclean(4 * page);
+  CHECK_FALSE(budget.fair(4 * page, page));
+  CHECK(budget.fair(0, page));
+  budget.add_unclean(-static_cast<std::ptrdiff_t>(page));
+  CHECK(budget.fair(3 * page, page));
 }
