@@ -1,6 +1,7 @@
 #include "connection.hpp"
 
 #include <cerrno>
+#include <new>
 #include <system_error>
 #include <thread>
 
@@ -12,12 +13,19 @@ void Connection::begin(std::unique_ptr<Storage> storage) {
   membership_.cache->learn_layout(handle_->use()->storage());
 }
 
-Connection::InUse Connection::in_use() {
+std::optional<Connection::InUse> Connection::in_use_if_any() {
   std::optional<Handle::Use> use = handle_ ? handle_->use() : std::nullopt;
   if (!use)
-    throw std::system_error(ESHUTDOWN, std::generic_category(), "the connection has ended");
+    return std::nullopt;
   handle_->show();
-  return {*membership_.cache, std::move(*use)};
+  return InUse{*membership_.cache, std::move(*use)};
+}
+
+Connection::InUse Connection::in_use() {
+  std::optional<InUse> storage = in_use_if_any();
+  if (!storage)
+    throw std::system_error(ESHUTDOWN, std::generic_category(), "the connection has ended");
+  return std::move(*storage);
 }
 
 void Connection::drain() noexcept {
@@ -31,7 +39,7 @@ void Connection::drain() noexcept {
       // What is left is found, and reported, by whoever looks at the cache next.
     }
   };
-  if (!capabilities().can_write || membership_.cache->unsaved().bytes == 0)
+  if (!capabilities().can_write || membership_.cache->clean())
     return;
   // Filters that sleep refuse to do so in a thread that serves a client once the client is gone.
   try {
@@ -45,7 +53,11 @@ void Connection::end() noexcept {
   if (!membership_.cache || ended_.exchange(true))
     return;
   handle_->retire();
-  exports_.detach(membership_, handle_);
+  try {
+    exports_.detach(membership_, handle_);
+  } catch (const std::bad_alloc&) {
+    // The export keeps a connection that is of no use to anybody, and its bytes with it.
+  }
 }
 
 } // namespace qcowcache

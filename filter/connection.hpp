@@ -37,6 +37,8 @@ public:
     Handle::Use use;
   };
   [[nodiscard]] InUse in_use();
+  /// The same, but nothing before `begin` and after `end`.
+  [[nodiscard]] std::optional<InUse> in_use_if_any();
 
   /// As storage said of itself. REQUIRES: `begin` has returned.
   [[nodiscard]] const Capabilities& capabilities() const noexcept {

@@ -14,9 +14,8 @@ public:
     const std::optional<WriteCache::Next> next = cache_->next();
     if (!next)
       return;
-    if (const std::optional<Handle::Use> use = owner_->borrow(*cache_, *next))
-      cache_->write_next(use->storage());
-    else
+    const std::optional<Handle::Use> use = owner_->borrow(*cache_, *next);
+    if (!use || !cache_->write_next(use->storage()))
       cache_->give_up(*next);
   }
   [[nodiscard]] std::size_t waiting() const override { return cache_->waiting(); }
@@ -35,6 +34,14 @@ std::optional<std::uint64_t> Export::shared_size() const {
       largest = std::max(largest.value_or(0), member.handle->capabilities().size);
   }
   return largest;
+}
+
+void Export::follow_size() {
+  // Unsaved bytes belong to an export of the size that it had: only a connection that sees as much
+  // can store them.
+  const std::uint64_t size = shared_size().value_or(0);
+  if (size > shared_cache_->size() || shared_cache_->clean())
+    shared_cache_->set_size(size);
 }
 
 std::shared_ptr<WriteCache> Export::make_cache(const Capabilities& capabilities) {
@@ -85,9 +92,10 @@ std::shared_ptr<WriteCache> Export::attach(const std::shared_ptr<Handle>& handle
     if (!shared_cache_)
       shared_cache_ = make_cache(capabilities);
     cache = shared_cache_;
-    cache->set_size(std::max(shared_size().value_or(0), capabilities.size));
   }
   members_.push_back({handle, cache});
+  if (cache == shared_cache_)
+    follow_size();
   return cache;
 }
 
@@ -101,8 +109,8 @@ void Export::detach(const std::shared_ptr<Handle>& handle,
     if (lost.bytes > 0)
       settings_.report_loss(name_, lost);
     remove(cache);
-  } else if (const std::optional<std::uint64_t> size = shared_size()) {
-    cache->set_size(*size);
+  } else if (shared_size()) {
+    follow_size();
   } else {
     cache->forget_all();
     if (cache->unsaved().bytes == 0)
@@ -125,12 +133,11 @@ void Export::remove(const std::shared_ptr<WriteCache>& cache) {
 std::optional<Handle::Use> Export::borrow(const WriteCache& cache,
                                           const WriteCache::Next& next) const {
   const std::lock_guard lock(mutex_);
-  const std::uint64_t end = std::min(next.range.end, cache.size());
   for (const bool preferred : {true, false}) {
     for (const Member& member : members_) {
       const Capabilities& capabilities = member.handle->capabilities();
-      const bool can =
-          member.cache.get() == &cache && capabilities.can_write && capabilities.size >= end;
+      const bool can = member.cache.get() == &cache && capabilities.can_write &&
+                       capabilities.size >= next.dirty_end;
       const bool wrote_last = member.handle->is(next.writer);
       if (can && (wrote_last != next.was_refused) == preferred) {
         if (std::optional<Handle::Use> use = member.handle->borrow())

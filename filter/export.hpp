@@ -70,6 +70,7 @@ private:
   };
   class Source;
 
+  void follow_size();
   std::shared_ptr<WriteCache> make_cache(const Capabilities& capabilities);
   void remove(const std::shared_ptr<WriteCache>& cache);
   void changed_storage(const WriteCache* by, const ByteRange& range) const;

@@ -318,13 +318,15 @@ int filter_extents(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std
 int filter_cache(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::uint64_t offset,
                  std::uint32_t /*flags*/, int* err) {
   const int error = errno_of("cache", [&] {
-    const Capabilities& capabilities = connection_of(handle).capabilities();
+    // A hint, which nbdkit's readahead filter gives after .finalize, too.
+    const std::optional<Connection::InUse> in_use = connection_of(handle).in_use_if_any();
+    if (!in_use || !in_use->use.storage().capabilities().can_cache)
+      return;
+    Storage& storage = in_use->use.storage();
     const ByteRange range{offset, offset + count};
-    if (capabilities.can_cache)
-      connection_of(handle).in_use().use.storage().cache(
-          align_outward(range, capabilities.minimum));
+    storage.cache(align_outward(range, storage.capabilities().minimum));
   });
-  // A hint, which nbdkit's readahead filter gives after .finalize, too, and then without `err`.
+  // That filter passes no `err`.
   if (error == 0 || err == nullptr)
     return 0;
   *err = error;

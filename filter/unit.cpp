@@ -64,8 +64,6 @@ void Unit::zeroed(const ByteRange& range) {
 }
 
 void Unit::discard(const ByteRange& range) {
-  if (fragmented() && !range.contains(range_))
-    return; // its content is undefined now, so the old one will do
   dirty_.remove(range);
   known_.remove(range);
   written_.remove(range);

@@ -78,6 +78,12 @@ public:
   /// Storage was changed in `range` by others: what is known goes, but for what it lacks.
   void forget(const ByteRange& range);
 
+  /// A clean unit forgets everything.
+  void forget_clean() noexcept {
+    known_.clear();
+    written_.clear();
+  }
+
   /// Storage has `data` at `offset`, read while the range was owned. Bytes that are known already
   /// stay as they are. `snapshot` is the buffer in flight, which gets the bytes as well, or
   /// nullptr.

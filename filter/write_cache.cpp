@@ -129,8 +129,7 @@ void WriteCache::settle(const Lock& lock, Unit& unit) {
   progress_.notify_all();
   budget_.note_change();
   if (unit.fragmented()) {
-    unit.forget(unit.range());
-    unit.begin_anew();
+    unit.forget_clean();
   }
   unit.hook.unlink();
   const bool worthless =
@@ -249,6 +248,11 @@ void WriteCache::header_changed(const Lock& lock, const ByteRange& range) {
   relayout(lock);
 }
 
+bool WriteCache::layout_was_read() const {
+  const Lock lock(mutex_);
+  return layout_was_read_;
+}
+
 void WriteCache::learn_layout(Storage& storage) {
   const Capabilities& capabilities = storage.capabilities();
   const ByteRange watched = HeaderWatch::watched(capabilities.size);
@@ -257,7 +261,7 @@ void WriteCache::learn_layout(Storage& storage) {
   {
     const Lock lock(mutex_);
     const bool in_vain = stopped_ || !budget_.allows_two(unit_size_, bookkeeping());
-    if (in_vain || layout_was_read_ || header_.complete(size_))
+    if (in_vain || header_.complete(size_))
       return;
     layout_was_read_ = true;
   }
@@ -274,7 +278,7 @@ void WriteCache::learn_layout(Storage& storage) {
     copy_cached(lock, block.begin, current, gaps);
     header_.learn(block.begin, current);
     relayout(lock);
-    if (!caching(lock) || units_.contains(0))
+    if (!caching(lock) || wanted_unit_size_ != unit_size_ || units_.contains(0))
       return;
     if (std::shared_ptr<Unit::Buffer> buffer = take_buffer(lock))
       add_unit(lock, 0, std::move(buffer)).learn(block.begin, data, nullptr);
@@ -284,7 +288,8 @@ void WriteCache::learn_layout(Storage& storage) {
 }
 
 void WriteCache::learn_zeros(Storage& storage, const ByteRange& range) {
-  constexpr std::uint64_t window = std::uint64_t{1} << 30U;
+  // Large, but not so large that the answer for a fragmented file takes megabytes.
+  constexpr std::uint64_t window = std::uint64_t{128} * 1024 * 1024;
   const Capabilities& capabilities = storage.capabilities();
   if (!capabilities.can_extents)
     return;
@@ -316,9 +321,17 @@ void WriteCache::learn_zeros(Storage& storage, const ByteRange& range) {
       zero_map_.withdraw(question);
       throw;
     }
+    // Where storage's answer ends inside a block, the block is asked about again, or, when that
+    // was all it said, taken for data.
+    const std::uint64_t whole = align_down(answered.end, capabilities.minimum);
+    const bool progress = whole > rest.begin;
+    answered.end = std::min(progress ? whole : rest.begin + capabilities.minimum, rest.end);
+    if (!progress)
+      zeros.clear();
+    zeros.remove({answered.end, UINT64_MAX});
     const Lock lock(mutex_);
     zero_map_.learn(question, answered, zeros);
-    rest.begin = answered.empty() ? rest.end : answered.end;
+    rest.begin = answered.end;
   }
 }
 
@@ -399,14 +412,16 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
 
 void WriteCache::write(Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
                        bool fua) {
-  learn_layout(storage);
+  if (!layout_was_read())
+    learn_layout(storage);
   if (fua) {
     write_through(storage, offset, data, true);
     return;
   }
   ByteRange rest{offset, offset + data.size()};
   while (!rest.empty()) {
-    const std::uint64_t border = align_down(rest.begin, unit_size()) + unit_size();
+    const std::uint64_t size = unit_size(); // once: it may change at any time
+    const std::uint64_t border = align_down(rest.begin, size) + size;
     const ByteRange piece{rest.begin, std::min(rest.end, border)};
     const std::span<const std::byte> piece_data = data.subspan(piece.begin - offset, piece.size());
     switch (absorb(storage, piece.begin, piece_data)) {
@@ -546,7 +561,7 @@ bool WriteCache::write_oldest(Storage& storage) {
     others_write = others_write || unit.turn == Unit::Turn::claimed;
     if (unit.turn != Unit::Turn::claimed && !unit.was_refused &&
         within_reach(lock, unit, storage)) {
-      const Job job = claim(lock, unit);
+      const Job job = claim(lock, unit, storage);
       lock.unlock();
       try {
         write_out(storage, job);
@@ -576,7 +591,7 @@ bool WriteCache::write_busy_units(Storage& storage, const ByteRange& range) {
   }
   if (!within_reach(lock, *busy, storage))
     return false;
-  const Job job = claim(lock, *busy);
+  const Job job = claim(lock, *busy, storage);
   lock.unlock();
   try {
     write_out(storage, job);
@@ -714,6 +729,9 @@ void WriteCache::trim(Storage& storage, const ByteRange& range, bool fua) {
   const ByteRange blocks = align_inward(range, storage.capabilities().minimum);
   if (blocks.empty())
     return;
+  // Cutting a piece out of a unit that is in very many pieces would make one more.
+  write_busy_units(storage, {blocks.begin, blocks.begin + 1});
+  write_busy_units(storage, {blocks.end - 1, blocks.end});
   const RangeLock::Owned owned = ranges_.own(blocks);
   try {
     storage.trim(blocks, fua);
@@ -763,6 +781,11 @@ void WriteCache::failed_on_storage(const ByteRange& range) {
 }
 
 // ---- Flush
+
+bool WriteCache::clean() const {
+  const Lock lock(mutex_);
+  return unclean_.empty();
+}
 
 Unsaved WriteCache::unsaved() const {
   const Lock lock(mutex_);

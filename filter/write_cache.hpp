@@ -126,6 +126,8 @@ public:
   struct Next {
     const void* writer = nullptr;
     ByteRange range;
+    /// Where its dirty bytes end: a connection that writes it must see an export so large.
+    std::uint64_t dirty_end = 0;
     bool was_refused = false;
   };
   [[nodiscard]] std::optional<Next> next() const;
@@ -142,6 +144,8 @@ public:
   Unsaved drain(Storage& storage);
   /// `drain`, after which the cache takes nothing any more; it goes on serving reads.
   Unsaved drain_and_stop(Storage& storage);
+  /// Whether storage has everything.
+  [[nodiscard]] bool clean() const;
   /// What is in memory only, now.
   [[nodiscard]] Unsaved unsaved() const;
 
@@ -158,7 +162,8 @@ public:
   [[nodiscard]] std::uint64_t size() const;
 
   /// Finds out whether there is a qcow2 header and how large its clusters are, reading storage if
-  /// it must. Never throws for a header that cannot be read: then there is none for now.
+  /// it must. Never throws for a header that cannot be read: then there is none,
+  /// until the next connection begins or a client writes to it.
   void learn_layout(Storage& storage);
   /// Drops everything but unsaved bytes: the next connection finds storage as it is.
   void forget_all();
@@ -205,10 +210,11 @@ private:
   void queue_left_behind(const Lock& lock, Unit::Clock::time_point now);
   void drop_clean(const Lock& lock);
   void drop(const Lock&, Unit& unit);
+  [[nodiscard]] bool layout_was_read() const;
   void relayout(const Lock& lock);
   void header_changed(const Lock& lock, const ByteRange& range);
-  [[nodiscard]] Job claim(const Lock&, Unit& unit);
-  [[nodiscard]] bool within_reach(const Lock&, const Unit& unit, const Storage& storage) const;
+  [[nodiscard]] Job claim(const Lock& lock, Unit& unit, const Storage& storage);
+  [[nodiscard]] static bool within_reach(const Lock&, const Unit& unit, const Storage& storage);
 
   void write_out(Storage& storage, const Job& job);
   [[nodiscard]] bool has_gaps(const Job& job, const ByteRange& within) const;

@@ -49,18 +49,17 @@ private:
   bool stored_ = false;
 };
 
-bool WriteCache::within_reach(const Lock& /*lock*/, const Unit& unit,
-                              const Storage& storage) const {
+bool WriteCache::within_reach(const Lock& /*lock*/, const Unit& unit, const Storage& storage) {
   // A connection may see a smaller export than the one that wrote, or not be allowed to write.
   const Capabilities& capabilities = storage.capabilities();
   return capabilities.can_write && unit.dirty().hull().end <= capabilities.size;
 }
 
-WriteCache::Job WriteCache::claim(const Lock& lock, Unit& unit) {
+WriteCache::Job WriteCache::claim(const Lock& lock, Unit& unit, const Storage& storage) {
   const std::uint64_t most = std::max<std::uint64_t>(1, settings_.max_write / unit_size_);
   const auto joins = [&](Units::iterator it, std::uint64_t begin) {
     return it != units_.end() && it->first == begin && it->second.turn == Unit::Turn::queued &&
-           it->second.full(size_);
+           it->second.full(size_) && within_reach(lock, it->second, storage);
   };
   auto first = units_.find(unit.range().begin);
   auto last = first;
@@ -90,7 +89,7 @@ std::optional<WriteCache::Next> WriteCache::next() const {
   if (queue_.empty())
     return std::nullopt;
   const Unit& first = queue_.front();
-  return Next{first.last_writer, first.range(), first.was_refused};
+  return Next{first.last_writer, first.range(), first.dirty().hull().end, first.was_refused};
 }
 
 void WriteCache::give_up(const Next& next) {
@@ -120,7 +119,7 @@ bool WriteCache::write_next(Storage& storage) {
   });
   if (unit == queue_.end())
     return false;
-  const Job job = claim(lock, *unit);
+  const Job job = claim(lock, *unit, storage);
   lock.unlock();
   try {
     write_out(storage, job);
@@ -143,30 +142,33 @@ std::error_code WriteCache::write_owed(Storage& storage, std::uint64_t moment) {
   for (;;) {
     Unit* ready = nullptr;
     bool others_write = false;
-    for (Unit& unit : unclean_) {
-      if (unit.owes(moment) && !tried.contains(unit.range().begin)) {
+    for (auto it = unclean_.begin(); it != unclean_.end() && ready == nullptr; ++it) {
+      if (it->owes(moment) && !tried.contains(it->range().begin)) {
         // What this connection cannot reach a background writer may, through another one.
-        const bool for_others = unit.turn == Unit::Turn::queued && settings_.wake_writer &&
-                                !within_reach(lock, unit, storage);
-        if (unit.turn == Unit::Turn::claimed || for_others)
+        const bool for_others = it->turn == Unit::Turn::queued && settings_.wake_writer &&
+                                !within_reach(lock, *it, storage);
+        if (it->turn == Unit::Turn::claimed || for_others)
           others_write = true;
-        else if (ready == nullptr)
-          ready = &unit;
+        else
+          ready = &*it;
       }
     }
     if (ready != nullptr && !within_reach(lock, *ready, storage)) {
       tried.insert(ready->range().begin);
       error = error ? error : std::error_code(EIO, std::generic_category());
     } else if (ready != nullptr) {
-      const Job job = claim(lock, *ready);
+      const Job job = claim(lock, *ready, storage);
+      // Once written out, a unit may be gone.
+      const ByteRange claimed{job.front()->range().begin, job.back()->range().end};
+      const std::uint64_t step = job.front()->range().size();
       lock.unlock();
       try {
         write_out(storage, job);
         lock.lock();
       } catch (const std::system_error& refusal) {
         lock.lock();
-        for (const Unit* unit : job)
-          tried.insert(unit->range().begin);
+        for (std::uint64_t begin = claimed.begin; begin < claimed.end; begin += step)
+          tried.insert(begin);
         error = error ? error : refusal.code();
       }
     } else if (others_write) {

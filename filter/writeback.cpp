@@ -41,9 +41,13 @@ void Writeback::remove(const std::shared_ptr<Source>& source) noexcept {
   std::erase(ready_, source);
 }
 
-void Writeback::wake(const std::shared_ptr<Source>& source) {
-  const std::lock_guard lock(mutex_);
-  make_ready(source);
+void Writeback::wake(const std::shared_ptr<Source>& source) noexcept {
+  try {
+    const std::lock_guard lock(mutex_);
+    make_ready(source);
+  } catch (const std::bad_alloc&) {
+    return;
+  }
 }
 
 void Writeback::make_ready(const std::shared_ptr<Source>& source) {

@@ -55,8 +55,9 @@ public:
 
   void add(const std::shared_ptr<Source>& source);
   void remove(const std::shared_ptr<Source>& source) noexcept;
-  /// Something waits at `source`. Ignored when the source was not added, or is removed.
-  void wake(const std::shared_ptr<Source>& source);
+  /// Something waits at `source`. Ignored when the source was not added, or is removed. Without
+  /// memory to note it the next tick finds it.
+  void wake(const std::shared_ptr<Source>& source) noexcept;
 
 private:
   void work(bool ticks);

@@ -6,6 +6,7 @@
 #include "memory_storage.hpp"
 #include "watched_thread.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstddef>
@@ -13,11 +14,13 @@
 #include <latch>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
 
+using qcowcache::ByteRange;
 using qcowcache::Capabilities;
 using qcowcache::Export;
 using qcowcache::Exports;
@@ -109,6 +112,14 @@ public:
       if (call.kind == MemoryStorage::Kind::write)
         throw std::system_error(ENOSPC, std::generic_category(), "full");
     };
+  }
+
+  /// The first data request has been made.
+  void show() { handle_->show(); }
+  /// A unit that waits to be written, this client having written to it last.
+  [[nodiscard]] WriteCache::Next waiting(const ByteRange& range, bool was_refused) const {
+    return {static_cast<const qcowcache::Storage*>(&storage_), range,
+            std::min(range.end, cache().size()), was_refused};
   }
 
   [[nodiscard]] WriteCache& cache() const { return *membership_.cache; }
@@ -227,6 +238,23 @@ TEST_CASE("what one connection has not stored yet stays when another one changes
   CHECK(on(*disk, 98, 9) == "abhellohi");
 }
 
+TEST_CASE("a connection remembers what it wrote itself, though others may share the disk",
+          "[export]") {
+  Capabilities capabilities = unshared();
+  capabilities.can_extents = false;
+  Server server;
+  const auto disk = new_disk();
+  Client writer(server, "a", capabilities, disk);
+  const Client other(server, "a", capabilities, disk);
+  writer.write(100, "hello");
+  REQUIRE(writer.flush() == 0);
+  const std::size_t reads = writer.storage().calls(MemoryStorage::Kind::read).size();
+  writer.write(105, "world");
+  REQUIRE(writer.flush() == 0);
+  CHECK(writer.storage().calls(MemoryStorage::Kind::read).size() == reads);
+  CHECK(on(*disk, 100, 10) == "helloworld");
+}
+
 TEST_CASE("connections that do not share a cache wait for each other's ranges", "[export]") {
   Server server;
   const auto disk = new_disk();
@@ -306,19 +334,24 @@ TEST_CASE("bytes that storage refused wait for the next connection", "[export]")
 }
 
 TEST_CASE("beside bytes that storage refused nothing is remembered", "[export]") {
+  // In the same unit, and in another one.
+  const std::uint64_t clean[] = {unit / 2, 2 * unit};
   Server server;
   const auto disk = new_disk();
   {
     Client unlucky(server, "a", shared(), disk);
-    unlucky.write(0, "known");
+    for (const std::uint64_t offset : clean)
+      unlucky.write(offset, "known");
     REQUIRE(unlucky.flush() == 0);
     unlucky.storage_refuses_writes();
     unlucky.write(100, "hello");
     CHECK(unlucky.flush() == ENOSPC);
   }
-  disk->write(0, as_text::parse("OTHER"), true);
+  for (const std::uint64_t offset : clean)
+    disk->write(offset, as_text::parse("OTHER"), true);
   Client next(server, "a", shared(), disk);
-  CHECK(next.read(0, 5) == "OTHER");
+  for (const std::uint64_t offset : clean)
+    CHECK(next.read(offset, 5) == "OTHER");
   CHECK(next.read(100, 5) == "hello");
 }
 
@@ -389,8 +422,11 @@ TEST_CASE("a shared cache is as large as its largest connection", "[export]") {
 TEST_CASE("connections that share a cache do not care about the size of those that do not",
           "[export]") {
   Server server;
-  const Client sharing(server, "a", shared(), new_disk());
   const Client own(server, "a", unshared(2 * disk_size), new_disk(2 * disk_size));
+  const Client sharing(server, "a", shared(), new_disk());
+  CHECK(own.cache().size() == 2 * disk_size);
+  CHECK(sharing.cache().size() == disk_size);
+  Client(server, "a", shared(disk_size / 2), new_disk()).leave();
   CHECK(sharing.cache().size() == disk_size);
   CHECK(own.cache().size() == 2 * disk_size);
 }
@@ -441,6 +477,65 @@ TEST_CASE("dirty data is not given back when memory is needed", "[export]") {
   client.write(100, "hello");
   CHECK_FALSE(server.budget().reclaim(1));
   CHECK(client.read(100, 5) == "hello");
+}
+
+TEST_CASE("a unit is written through the connection that wrote to it last, or where that was "
+          "refused, through another",
+          "[export]") {
+  Server server;
+  const auto disk = new_disk();
+  Client first(server, "a", shared(), disk);
+  Client second(server, "a", shared(), disk);
+  first.show();
+  second.show();
+  const auto lent = [&](const WriteCache::Next& next) -> const qcowcache::Storage* {
+    const auto use = first.of()->borrow(first.cache(), next);
+    return use ? &use->storage() : nullptr;
+  };
+  CHECK(lent(first.waiting({0, unit}, false)) == &first.storage());
+  CHECK(lent(second.waiting({0, unit}, false)) == &second.storage());
+  CHECK(lent(first.waiting({0, unit}, true)) == &second.storage());
+  CHECK(lent(second.waiting({0, unit}, true)) == &first.storage());
+
+  const WriteCache::Next of_second = second.waiting({0, unit}, false);
+  second.leave();
+  CHECK(lent(of_second) == &first.storage());
+  CHECK(lent(first.waiting({0, unit}, true)) == &first.storage());
+}
+
+TEST_CASE("a connection is lent only when its storage can take the unit", "[export]") {
+  Server server;
+  Capabilities odd = shared(disk_size + 100);
+  Capabilities read_only = odd;
+  read_only.can_write = false;
+  const auto disk = new_disk(odd.size);
+  Client writer(server, "a", odd, disk);
+  Client cannot_write(server, "a", read_only, disk);
+  Client too_small(server, "a", shared(), disk);
+  Client not_shown(server, "a", odd, disk);
+  Client with_another_cache(
+      server, "a",
+      [&] {
+        Capabilities capabilities = odd;
+        capabilities.can_multi_conn = false;
+        return capabilities;
+      }(),
+      disk);
+  for (Client* client : {&writer, &cannot_write, &too_small, &with_another_cache})
+    client->show();
+  const ByteRange last{disk_size, disk_size + unit};
+  const auto lent = [&](const WriteCache::Next& next) -> const qcowcache::Storage* {
+    const auto use = cannot_write.of()->borrow(cannot_write.cache(), next);
+    return use ? &use->storage() : nullptr;
+  };
+  // The end of the unit lies behind the end of the export.
+  CHECK(lent(writer.waiting(last, false)) == &writer.storage());
+  CHECK(lent(too_small.waiting(last, false)) == &writer.storage());
+  CHECK(lent(writer.waiting(last, true)) == &writer.storage());
+  const WriteCache::Next next = writer.waiting(last, false);
+  writer.leave();
+  CHECK(lent(next) == nullptr);
+  CHECK(lent(too_small.waiting({0, unit}, false)) == &too_small.storage());
 }
 
 TEST_CASE("clients that come and go at once find one export, and leave none behind", "[export]") {

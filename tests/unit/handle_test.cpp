@@ -37,6 +37,29 @@ TEST_CASE("a retired handle gives no right any more", "[handle]") {
   CHECK_FALSE(handle.use());
 }
 
+TEST_CASE("others may borrow a handle from when its connection has shown it until it is retired",
+          "[handle]") {
+  Handle handle(some_storage());
+  CHECK_FALSE(handle.borrow());
+  CHECK(handle.use());
+  CHECK_FALSE(handle.borrow());
+  handle.show();
+  CHECK(handle.borrow());
+  handle.retire();
+  CHECK_FALSE(handle.borrow());
+}
+
+TEST_CASE("who retires a handle waits for those who borrowed it, too", "[handle]") {
+  Handle handle(some_storage());
+  handle.show();
+  std::optional<Handle::Use> borrowed = handle.borrow();
+  WatchedThread retiring([&] { handle.retire(); });
+  const bool waited = retiring.waits();
+  borrowed.reset();
+  CHECK(retiring.ends());
+  CHECK(waited);
+}
+
 TEST_CASE("a handle may be retired again", "[handle]") {
   Handle handle(some_storage());
   handle.retire();

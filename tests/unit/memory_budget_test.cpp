@@ -5,9 +5,11 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <latch>
 #include <memory>
+#include <new>
 #include <optional>
 #include <set>
 #include <string>
@@ -22,6 +24,10 @@ constexpr std::size_t page = 4096;
 constexpr std::size_t kibibyte = 1024;
 
 using Buffers = std::vector<std::shared_ptr<MemoryBudget::Buffer>>;
+
+/// What the operators below have handed out, and whether they refuse to.
+std::atomic<std::size_t> bytes_in_the_process = 0;
+std::atomic<bool> system_has_memory = true;
 
 /// As many buffers as the budget allows now.
 Buffers take_all(MemoryBudget& budget, std::size_t size, std::size_t extra) {
@@ -57,6 +63,34 @@ private:
 };
 
 } // namespace
+
+// Buffers come from these, and nothing else in the program does: so what the budget keeps for later
+// can be seen. Each stands one alignment behind the beginning of its memory, where its size is.
+
+void* operator new[](std::size_t size, std::align_val_t alignment) {
+  const auto gap = static_cast<std::size_t>(alignment);
+  const std::size_t whole_blocks = (size + gap - 1) / gap * gap;
+  void* const memory = system_has_memory ? std::aligned_alloc(gap, gap + whole_blocks) : nullptr;
+  if (memory == nullptr)
+    throw std::bad_alloc();
+  std::memcpy(memory, &size, sizeof size);
+  bytes_in_the_process += size;
+  return static_cast<std::byte*>(memory) + gap;
+}
+
+void operator delete[](void* buffer, std::align_val_t alignment) noexcept {
+  if (buffer == nullptr)
+    return;
+  void* const memory = static_cast<std::byte*>(buffer) - static_cast<std::size_t>(alignment);
+  std::size_t size = 0;
+  std::memcpy(&size, memory, sizeof size);
+  bytes_in_the_process -= size;
+  std::free(memory);
+}
+
+void operator delete[](void* buffer, std::size_t /*size*/, std::align_val_t alignment) noexcept {
+  operator delete[](buffer, alignment);
+}
 
 TEST_CASE("a buffer has the size asked for, begins on a page, and can be written",
           "[memory_budget]") {
@@ -144,9 +178,52 @@ TEST_CASE("kept buffers give way to buffers of another size", "[memory_budget]")
   MemoryBudget budget(8 * page);
   take_all(budget, page, 0).clear();
   CHECK(budget.used() == 0);
-  const Buffers large = take_all(budget, 4 * page, 0);
-  CHECK(large.size() == 2);
+  CHECK(bytes_in_the_process == 8 * page);
+  const auto first = budget.try_take(4 * page, 0);
+  CHECK(bytes_in_the_process == 8 * page);
+  const auto second = budget.try_take(4 * page, 0);
+  REQUIRE(second);
   CHECK(budget.used() == 8 * page);
+  CHECK(bytes_in_the_process == 8 * page);
+}
+
+TEST_CASE("kept buffers and bookkeeping together stay within the limit", "[memory_budget]") {
+  MemoryBudget budget(8 * page);
+  take_all(budget, page, 0).clear();
+  const auto with_bookkeeping = budget.try_take(page, 3 * page);
+  REQUIRE(with_bookkeeping);
+  CHECK(bytes_in_the_process == 5 * page);
+}
+
+TEST_CASE("a lower limit frees what was kept for later", "[memory_budget]") {
+  MemoryBudget budget(8 * page);
+  auto held = budget.try_take(2 * page, 0);
+  take_all(budget, page, 0).clear();
+  CHECK(bytes_in_the_process == 8 * page);
+  budget.set_limit(3 * page);
+  CHECK(bytes_in_the_process == 3 * page);
+  budget.set_limit(page);
+  CHECK(bytes_in_the_process == 2 * page);
+  held.reset();
+  CHECK(bytes_in_the_process == 0);
+}
+
+TEST_CASE("nothing stays charged when the system has no memory", "[memory_budget]") {
+  MemoryBudget budget(8 * page);
+  system_has_memory = false;
+  CHECK_THROWS_AS(budget.try_take(page, 100), std::bad_alloc);
+  system_has_memory = true;
+  CHECK(budget.used() == 0);
+  CHECK(budget.try_take(8 * page, 0));
+}
+
+TEST_CASE("what was kept is freed with the budget", "[memory_budget]") {
+  {
+    MemoryBudget budget(8 * page);
+    take_all(budget, page, 0).clear();
+    CHECK(bytes_in_the_process > 0);
+  }
+  CHECK(bytes_in_the_process == 0);
 }
 
 TEST_CASE("the limit holds while buffers of many sizes come and go", "[memory_budget]") {
@@ -173,6 +250,7 @@ TEST_CASE("the limit holds while buffers of many sizes come and go", "[memory_bu
       charges.erase(charges.begin() + static_cast<std::ptrdiff_t>(victim));
     }
     REQUIRE(budget.used() == charged);
+    REQUIRE(bytes_in_the_process <= limit);
   }
 }
 

@@ -2,7 +2,9 @@
 
 #include "catch.hpp"
 
+#include <chrono>
 #include <cstdint>
+#include <filesystem>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -39,6 +41,10 @@ TEST_CASE("what is not said has its default", "[parameters]") {
   const Parameters parameters;
   CHECK(parameters.size() == 64 * mebibyte);
   CHECK_FALSE(parameters.cluster_size());
+  CHECK(parameters.writers() == 4);
+  CHECK(parameters.max_write() == mebibyte);
+  CHECK(parameters.expire() == std::chrono::seconds(5));
+  CHECK(parameters.size_file().empty());
 }
 
 TEST_CASE("a size is digits and one letter at most, as nbdkit writes it", "[parameters]") {
@@ -154,14 +160,87 @@ TEST_CASE("one line names a wrong cluster size, its parameter and what is allowe
   }
 }
 
+TEST_CASE("qcowcache-writers takes 0 to 64", "[parameters]") {
+  Parameters parameters;
+  for (const unsigned number : {0U, 1U, 16U, 64U}) {
+    CHECK(parameters.set("qcowcache-writers", std::to_string(number)));
+    CHECK(parameters.writers() == number);
+  }
+}
+
+TEST_CASE("qcowcache-max-write takes 64K to 32M", "[parameters]") {
+  Parameters parameters;
+  CHECK(parameters.set("qcowcache-max-write", "64K"));
+  CHECK(parameters.max_write() == 64 * kibibyte);
+  CHECK(parameters.set("qcowcache-max-write", "32M"));
+  CHECK(parameters.max_write() == 32 * mebibyte);
+}
+
+TEST_CASE("qcowcache-expire takes seconds up to a day, and 0 for never", "[parameters]") {
+  Parameters parameters;
+  CHECK(parameters.set("qcowcache-expire", "86400"));
+  CHECK(parameters.expire() == std::chrono::hours(24));
+  CHECK(parameters.set("qcowcache-expire", "0"));
+  CHECK_FALSE(parameters.expire());
+  CHECK(parameters.set("qcowcache-expire", "1"));
+  CHECK(parameters.expire() == std::chrono::seconds(1));
+}
+
+TEST_CASE("qcowcache-size-file takes a name, which is made absolute at once", "[parameters]") {
+  Parameters parameters;
+  CHECK(parameters.set("qcowcache-size-file", "/run/size"));
+  CHECK(parameters.size_file() == "/run/size");
+  CHECK(parameters.set("qcowcache-size-file", "size"));
+  CHECK(parameters.size_file() == (std::filesystem::current_path() / "size").string());
+  CHECK(has(complaint("qcowcache-size-file", ""), "qcowcache-size-file="));
+}
+
+TEST_CASE("one line names a wrong number, its parameter and what is allowed", "[parameters]") {
+  struct Wrong {
+    std::string_view key;
+    std::vector<std::string_view> values;
+    std::string_view least;
+    std::string_view most;
+  };
+  const std::vector<Wrong> all = {
+      {"qcowcache-writers",
+       {"", "65", "-1", "+1", "4k", "1.5", "four", " 4", "4294967296"},
+       "0",
+       "64"},
+      {"qcowcache-max-write",
+       {"", "0", "65535", "32M1", "33554433", "64M", "-1", "big"},
+       "64K",
+       "32M"},
+      {"qcowcache-expire",
+       {"", "86401", "-1", "5s", "1.5", "never", "18446744073709551616"},
+       "0",
+       "86400"},
+  };
+  for (const Wrong& wrong : all) {
+    for (const std::string_view value : wrong.values) {
+      const std::string line = complaint(wrong.key, value);
+      INFO(wrong.key << "=" << value << " -> " << line);
+      CHECK(line.starts_with(std::string(wrong.key) + "=" + std::string(value) + ": "));
+      CHECK(has(line, "from " + std::string(wrong.least) + " to " + std::string(wrong.most)));
+      CHECK_FALSE(has(line, "\n"));
+    }
+  }
+}
+
 TEST_CASE("a value that is refused leaves the one before it", "[parameters]") {
   Parameters parameters;
   parameters.set("qcowcache-size", "16M");
   parameters.set("qcowcache-cluster-size", "4k");
   CHECK_THROWS_AS(parameters.set("qcowcache-size", "wrong"), ParameterError);
   CHECK_THROWS_AS(parameters.set("qcowcache-cluster-size", "wrong"), ParameterError);
+  CHECK_THROWS_AS(parameters.set("qcowcache-writers", "wrong"), ParameterError);
+  CHECK_THROWS_AS(parameters.set("qcowcache-max-write", "wrong"), ParameterError);
+  CHECK_THROWS_AS(parameters.set("qcowcache-expire", "wrong"), ParameterError);
   CHECK(parameters.size() == 16 * mebibyte);
   CHECK(parameters.cluster_size() == 4096);
+  CHECK(parameters.writers() == 4);
+  CHECK(parameters.max_write() == mebibyte);
+  CHECK(parameters.expire() == std::chrono::seconds(5));
 }
 
 TEST_CASE("one line names a parameter that there is not, its value, and those that there are",
@@ -172,8 +251,9 @@ TEST_CASE("one line names a parameter that there is not, its value, and those th
     INFO(line);
     CHECK(has(line, std::string(key) + "=12M"));
     CHECK(has(line, "allowed"));
-    CHECK(has(line, "size"));
-    CHECK(has(line, "cluster-size"));
+    for (const char* there :
+         {"size", "size-file", "cluster-size", "writers", "max-write", "expire"})
+      CHECK(has(line, there));
     CHECK_FALSE(has(line, "\n"));
   }
 }
@@ -194,6 +274,8 @@ TEST_CASE("the help names each parameter with its default", "[parameters]") {
   CHECK(has(help, "64M"));
   CHECK(has(help, "qcowcache-cluster-size="));
   CHECK(has(help, "auto"));
+  for (const char* key : {"size-file", "writers", "max-write", "expire"})
+    CHECK(has(help, "qcowcache-" + std::string(key) + "="));
   CHECK(complaint("qcowcache-size", "64M").empty());
   CHECK(complaint("qcowcache-cluster-size", "auto").empty());
 }
