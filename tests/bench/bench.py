@@ -11,6 +11,7 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -49,7 +50,8 @@ def arguments():
         action="append",
         default=[],
         metavar="PATTERN",
-        help="only cells and questions whose name has PATTERN (with * and ?) in it; repeatable",
+        help="of these, only cells and questions whose name has PATTERN (with * and ?) in it; "
+        "repeatable; together with --every, any cell at all",
     )
     parser.add_argument(
         "--contenders", metavar="NAMES", help="only these, separated by commas; and the limit"
@@ -180,8 +182,9 @@ def main():
         options.out.mkdir(parents=True, exist_ok=True)
 
     with tempfile.TemporaryDirectory(prefix="bench.", dir=options.scratch) as scratch:
-        directory = pathlib.Path(scratch)
-        kept = options.sources or directory
+        # Some of the servers change directory, and some want absolute names anyway.
+        directory = pathlib.Path(scratch).resolve()
+        kept = (options.sources or directory).resolve()
         kept.mkdir(parents=True, exist_ok=True)
         sources = Sources(kept, options.quick)
         settings = Settings(
@@ -195,7 +198,10 @@ def main():
             measurements.write_csv(results, options.out / "results.csv")
             measurements.write_runs_csv(results, options.out / "runs.csv")
             measurements.write_answers_csv(results, options.out / "answers.csv")
-            report.plot(results, options.out)
+            try:
+                report.plot(results, options.out)
+            except Failed as failure:
+                print(f"bench: no plots: {failure}", file=sys.stderr)
 
         work(options, settings, sources, rounds, results, save)
         if not options.list:
@@ -204,6 +210,9 @@ def main():
 
 
 if __name__ == "__main__":
+    # Servers and disks go, however it ends.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         main()
     except Failed as failure:

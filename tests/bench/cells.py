@@ -47,10 +47,14 @@ class Cell(NamedTuple):
 
     @property
     def contenders(self):
+        # The parameter "cache" of this storage's plugin would be taken for the cache filter's.
+        filters = [
+            name for name in FILTERS if (self.storage, name) != ("file-cache-none", "cache")
+        ]
         straight = ()
         if self.client == "qemu-img" and not self.storage.startswith("delay"):
             straight = tuple(STRAIGHT)
-        return (*FILTERS, *straight, *LIMITS)
+        return (*filters, *straight, *LIMITS)
 
 
 def quick_cells():

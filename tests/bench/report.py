@@ -67,20 +67,22 @@ def text(results, sources, command):
         for name in extras.contenders(question):
             values = results.answers_of(question, name)
             if values:
-                lines.append(f"  {name:20}{_interval(*interval_of(values), digits=4):>30}")
+                lines.append(f"  {name:20}{_interval(*interval_of(values), '.5g'):>30}")
     found = targets.verdicts(results)
     if found:
         lines += ["", "Targets (MISSED: the whole interval lies beyond; open: a part of it does)"]
+        if sources.quick:
+            lines.append("  They are meant for the full sources; with small ones, fixed costs weigh more.")
         lines += [
             f"  {verdict.word:7}{verdict.relation:>3} {verdict.bound:<8g}"
-            f"{_interval(*verdict.found, digits=3):>26}  {verdict.what}"
+            f"{_interval(*verdict.found, '.5g'):>26}  {verdict.what}"
             for verdict in found
         ]
     return "\n".join(lines) + "\n"
 
 
-def _interval(median, low, high, digits=2):
-    return f"{median:.{digits}f} [{low:.{digits}f}-{high:.{digits}f}]"
+def _interval(median, low, high, form=".2f"):
+    return f"{median:{form}} [{low:{form}}-{high:{form}}]"
 
 
 def _line(row):
@@ -90,8 +92,8 @@ def _line(row):
     seconds = _interval(row["seconds"], row["seconds_low"], row["seconds_high"])
     limit = "-"
     if row["to_limit"] is not None:
-        digits = 2 if row["to_limit"] < 10 else 1
-        limit = _interval(row["to_limit"], row["to_limit_low"], row["to_limit_high"], digits)
+        form = ".2f" if row["to_limit"] < 10 else ".1f"
+        limit = _interval(row["to_limit"], row["to_limit_low"], row["to_limit_high"], form)
     return (
         f"  {row['contender']:20}{seconds:>21}{limit:>21}"
         f"{number('writes', '.0f'):>8}{number('reads', '.0f'):>8}{number('flushes', '.0f'):>8}"
@@ -101,43 +103,46 @@ def _line(row):
 
 
 def plot(results, directory):
-    """time.svg and requests.svg in the directory."""
-    cells = results.cells()
-    contenders = [name for name in FILTERS if any(name in results.contenders(c) for c in cells)]
-    if not cells or not contenders:
-        return
-    columns = [*contenders, *LIMITS[1:]]
+    """time.svg and requests.svg in the directory, as far as there is something to show."""
 
     def ratio(cell, name):
-        found = results.ratio(cell, "seconds", name, "limit")
-        return list(found) if found else ["NaN"] * 3
+        return results.ratio(cell, "seconds", name, "limit")
 
     def writes(cell, name):
         counted = results.counted.get((cell, name))
-        return [max(counted.requests["Write"], 1) if counted else "NaN"] * 3
+        # There is no zero on a logarithmic scale.
+        return counted and [max(counted.requests["Write"], 1)] * 3
 
     _bars(
         directory / "time.svg",
         "Time, as a multiple of the same conversion to a target in memory",
-        [(cell.name, [ratio(cell, name) for name in columns]) for cell in cells],
-        columns,
+        results.cells(),
+        (*FILTERS, *LIMITS[1:]),
+        ratio,
     )
     _bars(
         directory / "requests.svg",
         "Write requests that reached storage",
-        [(cell.name, [writes(cell, name) for name in contenders]) for cell in cells],
-        contenders,
+        results.cells(),
+        tuple(FILTERS),
+        writes,
     )
 
 
-def _bars(path, title, rows, columns):
+def _bars(path, title, cells, names, value):
+    """A plot of value(cell, name), which is a height with its bounds, or None."""
+    # gnuplot refuses to draw what has no values at all.
+    names = [name for name in names if any(value(cell, name) for cell in cells)]
+    if not names:
+        return
+    rows = [(cell.name, [value(cell, name) or ["NaN"] * 3 for name in names]) for cell in cells]
     data = "\n".join(
-        " ".join([f'"{name}"', *(str(value) for cell in values for value in cell)])
-        for name, values in rows
+        " ".join([_label(cell), *(str(number) for bar in bars for number in bar)])
+        for cell, bars in rows
     )
     series = ", ".join(
         f"$data using {2 + 3 * i}:{3 + 3 * i}:{4 + 3 * i}:xtic(1) title '{name}'"
-        for i, name in enumerate(columns)
+        for i, name in enumerate(names)
     )
     script = path.with_suffix(".gnuplot")
     script.write_text(
@@ -153,11 +158,17 @@ set style fill solid 0.8 border -1
 set logscale y
 set format y "%g"
 set grid ytics
-set key top left horizontal outside
-set xtics rotate by -25 noenhanced
+set key top center horizontal outside
+set bmargin 7
+set xtics noenhanced scale 0
 plot {series}
 """
     )
     run(["gnuplot", str(script)], path.with_suffix(".gnuplot.err"))
     script.unlink()
     path.with_suffix(".gnuplot.err").unlink()
+
+
+def _label(cell):
+    """A cell's name for gnuplot, one word a line."""
+    return '"' + cell.replace("/", r"\n") + '"'

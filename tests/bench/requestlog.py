@@ -1,6 +1,7 @@
 """Reads what nbdkit's log filter wrote."""
 
 import datetime
+import math
 import re
 
 _REQUEST = re.compile(
@@ -47,6 +48,5 @@ def write_latencies(path):
 
 
 def percentile(values, part):
-    """The smallest of the values that at least `part` (0 to 1) of them do not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, -int(-part * len(ordered) // 1) - 1))]
+    """The smallest of the values that at least `part` of them (0 to 1) do not exceed."""
+    return sorted(values)[max(0, math.ceil(part * len(values)) - 1)]

@@ -26,11 +26,11 @@ class Sources:
 
     def __init__(self, directory, quick):
         self._directory = pathlib.Path(directory)
-        self._quick = quick
+        self.quick = quick
 
     def size(self, name):
         _, full, quick = SIZES[name]
-        return (quick if self._quick else full) * MIB
+        return (quick if self.quick else full) * MIB
 
     def path(self, name):
         size = self.size(name)
