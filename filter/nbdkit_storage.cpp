@@ -12,7 +12,7 @@ namespace {
 /// The answer of a can_* function, which has reported an error already.
 int answer(int result) {
   if (result == -1)
-    throw std::system_error(EIO, std::generic_category(), "storage");
+    throw std::system_error(EIO, std::generic_category(), "storage did not tell what it can do");
   return result;
 }
 
@@ -45,7 +45,7 @@ NbdkitStorage::NbdkitStorage(nbdkit_next* next) : next_(next) {
   std::uint32_t preferred = 0;
   std::uint32_t maximum = 0;
   if (size == -1 || next->block_size(next, &minimum, &preferred, &maximum) == -1)
-    throw std::system_error(EIO, std::generic_category(), "storage");
+    throw std::system_error(EIO, std::generic_category(), "storage did not tell what it can do");
 
   Capabilities& found = capabilities_;
   if (minimum != 0) {
@@ -79,20 +79,20 @@ void NbdkitStorage::do_read(std::uint64_t offset, std::span<std::byte> data) {
   int error = 0;
   const int result =
       next_->pread(next_, data.data(), static_cast<std::uint32_t>(data.size()), offset, 0, &error);
-  check(result, error, "read");
+  check(result, error, "storage refused to read");
 }
 
 void NbdkitStorage::do_write(std::uint64_t offset, std::span<const std::byte> data, bool fua) {
   int error = 0;
   const int result = next_->pwrite(next_, data.data(), static_cast<std::uint32_t>(data.size()),
                                    offset, fua_flag(fua), &error);
-  check(result, error, "write");
+  check(result, error, "storage refused to write");
 }
 
 void NbdkitStorage::do_flush() {
   int error = 0;
   const int result = next_->flush(next_, 0, &error);
-  check(result, error, "flush");
+  check(result, error, "storage refused to flush");
 }
 
 void NbdkitStorage::do_zero(const ByteRange& range, const ZeroOptions& options) {
@@ -101,19 +101,19 @@ void NbdkitStorage::do_zero(const ByteRange& range, const ZeroOptions& options) 
                               (options.may_trim ? NBDKIT_FLAG_MAY_TRIM : 0U) |
                               (options.fast ? NBDKIT_FLAG_FAST_ZERO : 0U);
   const int result = next_->zero(next_, count_of(range), range.begin, flags, &error);
-  check(result, error, "zero");
+  check(result, error, "storage refused to zero");
 }
 
 void NbdkitStorage::do_trim(const ByteRange& range, bool fua) {
   int error = 0;
   const int result = next_->trim(next_, count_of(range), range.begin, fua_flag(fua), &error);
-  check(result, error, "trim");
+  check(result, error, "storage refused to trim");
 }
 
 void NbdkitStorage::do_cache(const ByteRange& range) {
   int error = 0;
   const int result = next_->cache(next_, count_of(range), range.begin, 0, &error);
-  check(result, error, "cache");
+  check(result, error, "storage refused to cache");
 }
 
 Storage::Extents NbdkitStorage::do_extents(const ByteRange& range, bool only_first) {
@@ -125,7 +125,7 @@ Storage::Extents NbdkitStorage::do_extents(const ByteRange& range, bool only_fir
   int error = 0;
   const int result = next_->extents(next_, count_of(range), range.begin,
                                     only_first ? NBDKIT_FLAG_REQ_ONE : 0U, list.get(), &error);
-  check(result, error, "extents");
+  check(result, error, "storage refused to tell extents");
 
   Extents found;
   const std::size_t count = nbdkit_extents_count(list.get());

@@ -805,7 +805,7 @@ void WriteCache::flush(Storage& storage) {
     moment = moment_;
   }
   if (const std::error_code error = write_owed(storage, moment))
-    throw std::system_error(error, "flush");
+    throw std::system_error(error, "not everything could be stored");
   storage.flush();
 }
 

@@ -201,6 +201,38 @@ TEST_CASE("refused bytes wait for the next connection", "[connection]") {
   }
 }
 
+TEST_CASE("refused bytes that only a larger connection can store wait for one", "[connection]") {
+  Serving serving(64 * unit, GENERATE(0U, 2U));
+  const auto disk = image(40 * unit);
+  const Capabilities large = MemoryStorage::everything(40 * unit);
+  const Capabilities small = MemoryStorage::everything(20 * unit);
+  const auto data = pattern(500, 1);
+  {
+    Client stays(serving, "a", disk, small);
+    {
+      Client client(serving, "a", disk, large, [](const MemoryStorage::Call& call) {
+        if (call.kind == Kind::write)
+          throw std::system_error(ENOSPC, std::generic_category(), "refused");
+      });
+      client.write(30 * unit, data);
+    }
+    stays.write(unit, data);
+    try {
+      stays.flush(); // it cannot promise what the other one was told
+      FAIL("acknowledged");
+    } catch (const std::system_error& error) {
+      CHECK(error.code().value() == EIO);
+    }
+  }
+  CHECK(serving.lost == 0);
+  Client next(serving, "a", disk, large);
+  CHECK(next.read(30 * unit, 500) == data);
+  next.flush();
+  std::vector<std::byte> stored(500);
+  disk->read(30 * unit, stored);
+  CHECK(stored == data);
+}
+
 TEST_CASE("refused bytes of a connection with a disk of its own are reported lost",
           "[connection]") {
   Serving serving(64 * unit, GENERATE(0U, 2U));

@@ -684,6 +684,103 @@ TEST_CASE("a connection that sees a smaller export cannot write what lies behind
   CHECK(stored == data);
 }
 
+TEST_CASE("zeros are asked for on whole blocks, wherever storage's answers end", "[write_cache]") {
+  Capabilities capabilities = MemoryStorage::everything(disk_size);
+  capabilities.minimum = 65536;
+  Bench bench(capabilities);
+  bench.with_header();
+  bench.storage.disk().write(2 * unit, pattern(4096, 1),
+                             true); // an extent that ends inside a block
+  const auto data = pattern(100, 2);
+  for (std::uint64_t i = 1; i < 8; ++i) {
+    bench.write(i * unit + 5000, data);
+    bench.cache->flush(bench.storage);
+    CHECK(bench.on_disk(i * unit + 5000, 100) == data);
+  }
+  CHECK(bench.on_disk(2 * unit, 4096) == pattern(4096, 1));
+  CHECK(bench.storage.violations().empty());
+}
+
+TEST_CASE("a header that could not be read is read for the next connection", "[write_cache]") {
+  Bench bench;
+  bench.storage.disk().write(0, qcow2_header(16), true);
+  {
+    const Refusal refusal(bench.storage, Kind::read, EIO);
+    bench.cache->learn_layout(bench.storage);
+  }
+  bench.write(unit, pattern(10, 1));
+  CHECK_FALSE(bench.cache->caching());
+  bench.cache->learn_layout(bench.storage);
+  CHECK(bench.cache->caching());
+}
+
+TEST_CASE("another cluster size takes effect once nothing of the old size is cached",
+          "[write_cache]") {
+  Bench bench;
+  bench.with_header(16);
+  bench.write(5 * unit, pattern(10, 1));
+  bench.write(0, std::span<const std::byte>(qcow2_header(21)));
+  bench.cache->learn_layout(bench.storage);
+  bench.cache->flush(bench.storage);
+  bench.write(40 * unit, pattern(10, 2));
+  CHECK(bench.cache->unit_size() == 32 * unit);
+}
+
+TEST_CASE("trimmed bytes are not written back, however fragmented their unit is", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  {
+    const Refusal refusal(bench.storage, Kind::write, EIO);
+    for (std::uint64_t offset = 0; offset < 200; offset += 2)
+      error_of([&] { bench.write(unit + offset, pattern(1, 1)); });
+    bench.cache->trim(bench.storage, {unit + 20, unit + 150}, false);
+  }
+  bench.cache->flush(bench.storage);
+  CHECK(bench.on_disk(unit + 20, 130) == std::vector<std::byte>(130));
+}
+
+TEST_CASE("full neighbours that a connection cannot reach stay queued for another",
+          "[write_cache]") {
+  auto disk = std::make_shared<MemoryDisk>(disk_size);
+  RangeLock ranges;
+  MemoryBudget budget(32 * 1024 * 1024);
+  WriteCache::Settings settings;
+  settings.cluster_size = unit;
+  settings.wake_writer = [] {};
+  MemoryStorage large(MemoryStorage::everything(disk_size), disk);
+  MemoryStorage small(MemoryStorage::everything(2 * unit), disk);
+  const auto cache =
+      std::make_shared<WriteCache>(std::move(settings), large.capabilities(), ranges, budget);
+  cache->write(large, 0, pattern(5 * unit, 1), false);
+  CHECK(cache->waiting() == 5);
+  while (cache->write_next(small)) {
+  }
+  CHECK(cache->waiting() == 3);
+  while (cache->write_next(large)) {
+  }
+  CHECK(cache->clean());
+  CHECK(small.violations().empty());
+}
+
+TEST_CASE("a header that changes while others write leaves every byte right", "[write_cache]") {
+  Bench bench;
+  bench.with_header(21);
+  std::atomic<bool> done = false;
+  std::jthread header([&] {
+    for (unsigned i = 0; !done; ++i) {
+      bench.write(0, qcow2_header(i % 2 == 0 ? 16 : 21));
+      bench.cache->flush(bench.storage);
+    }
+  });
+  const auto data = pattern(3 * unit, 1);
+  for (unsigned i = 0; i < 300; ++i) {
+    const std::uint64_t offset = 32 * unit + i % 28 * unit + i * 37 % 999;
+    bench.write(offset, data);
+    REQUIRE(bench.read(offset, data.size()) == data);
+  }
+  done = true;
+}
+
 TEST_CASE("random requests behave like an array of bytes", "[write_cache]") {
   const unsigned seed = GENERATE(range(0U, 24U));
   INFO("seed " << seed);
