@@ -59,9 +59,9 @@ std::shared_ptr<WriteCache> Export::make_cache(const Capabilities& capabilities)
     changed_storage(self->cache, range);
   };
   if (settings_.writeback != nullptr) {
-    settings.wake_writer = [writeback = settings_.writeback, self] {
+    settings.wake_writer = [writeback = settings_.writeback, self](std::size_t waiting) {
       if (const std::shared_ptr<Writeback::Source> source = self->source.lock())
-        writeback->wake(source);
+        writeback->wake(source, waiting);
     };
   }
   const auto cache =

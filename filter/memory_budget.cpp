@@ -37,6 +37,11 @@ void MemoryBudget::set_limit(std::size_t limit) {
   changed_.notify_all();
 }
 
+std::size_t MemoryBudget::excess() const {
+  const std::lock_guard lock(mutex_);
+  return used_ > limit_ ? used_ - limit_ : 0;
+}
+
 std::size_t MemoryBudget::used() const {
   const std::lock_guard lock(mutex_);
   return used_;

@@ -80,6 +80,8 @@ public:
   [[nodiscard]] std::size_t limit() const;
   /// Memory beyond a lower limit comes back as holders give it up.
   void set_limit(std::size_t limit);
+  /// How many bytes are handed out beyond the limit.
+  [[nodiscard]] std::size_t excess() const;
   /// Bytes handed out now; buffers kept for later do not count.
   [[nodiscard]] std::size_t used() const;
 

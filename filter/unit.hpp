@@ -104,6 +104,8 @@ public:
   void begin_anew() noexcept { written_.clear(); }
 
   Turn turn = Turn::none;
+  /// When it was last written to storage, clients had written all of it, and nothing since.
+  bool written_whole = false;
   /// It counts as unclean in the cache's books.
   bool counted = false;
   /// Storage refused it; it is not tried again but for a reason (a flush, a need for memory, time).

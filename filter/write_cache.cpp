@@ -101,7 +101,7 @@ void WriteCache::enqueue(const Lock& /*lock*/, Unit& unit) {
   ++queued_;
   queue_.push_back(unit);
   if (settings_.wake_writer)
-    settings_.wake_writer();
+    settings_.wake_writer(queued_);
 }
 
 void WriteCache::count_unclean(const Lock& /*lock*/, Unit& unit, bool unclean) noexcept {
@@ -128,12 +128,14 @@ void WriteCache::settle(const Lock& lock, Unit& unit) {
   unit.was_refused = false;
   progress_.notify_all();
   budget_.note_change();
-  if (unit.fragmented()) {
+  if (unit.fragmented())
     unit.forget_clean();
-  }
   unit.hook.unlink();
-  const bool worthless =
-      unit.known().empty() || wanted_unit_size_ != unit_size_ || !has_layout_ || stopped_;
+  // A unit that clients wrote whole they will hardly come back to, but for the header. Its buffer
+  // is still warm for the next one.
+  const bool done_with = unit.written_whole && unit.range().begin != 0;
+  const bool worthless = done_with || unit.known().empty() || budget_.excess() > 0 ||
+                         wanted_unit_size_ != unit_size_ || !has_layout_ || stopped_;
   if (worthless)
     drop(lock, unit);
   else
@@ -146,6 +148,20 @@ void WriteCache::leave_queue(const Lock& /*lock*/, Unit& unit, Unit::Turn turn) 
   claimed_ += turn == Unit::Turn::claimed ? 1 : 0;
   unit.queue_hook.unlink();
   unit.turn = turn;
+}
+
+/// Follows a budget that has become smaller: what is clean goes, the oldest of the rest is queued.
+void WriteCache::shrink(const Lock& lock) {
+  std::size_t excess = budget_.excess();
+  const std::size_t each = unit_size_ + bookkeeping();
+  while (excess > 0 && !clean_.empty()) {
+    excess -= std::min(excess, each);
+    drop(lock, clean_.front());
+  }
+  for (auto it = unclean_.begin(); excess > 0 && it != unclean_.end(); ++it) {
+    enqueue(lock, *it);
+    excess -= std::min(excess, each);
+  }
 }
 
 /// The one rule for partial units that their writer will most likely not come back to.
@@ -162,6 +178,7 @@ void WriteCache::queue_left_behind(const Lock& lock, Unit::Clock::time_point now
 
 void WriteCache::tick() {
   const Lock lock(mutex_);
+  shrink(lock);
   queue_left_behind(lock, Unit::Clock::now());
   if (has_layout_ && !stopped_ && !caching(lock)) {
     for (Unit& unit : unclean_)
@@ -394,6 +411,7 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
     const ByteRange part = range.intersection(unit.range());
     unit.absorb(part.begin, data.subspan(part.begin - offset, part.size()), moment_);
     unit.touched = now;
+    unit.written_whole = false;
     unit.completed_before = units_completed_;
     unit.last_writer = &writer;
     unit.hook.unlink();
@@ -429,6 +447,7 @@ void WriteCache::write(Storage& storage, std::uint64_t offset, std::span<const s
       rest.begin = piece.end;
       break;
     case Absorbed::off:
+      tick(); // what is still cached has nobody else to write it, without background writers
       write_through(storage, rest.begin, data.subspan(rest.begin - offset), false);
       rest.begin = rest.end;
       break;
@@ -447,6 +466,8 @@ void WriteCache::write(Storage& storage, std::uint64_t offset, std::span<const s
     }
   }
   if (!settings_.wake_writer) {
+    if (budget_.excess() > 0)
+      tick();
     while (write_next(storage)) {
     }
   }

@@ -66,9 +66,10 @@ public:
     /// A partial unit that nobody has written to for so long is left behind; nothing: never by
     /// time.
     std::optional<std::chrono::milliseconds> expire;
-    /// Called whenever a unit has been queued, with the cache's mutex held, to wake those who call
-    /// `write_next` in the background. Nothing: the request that queued it writes it.
-    std::function<void()> wake_writer;
+    /// Called whenever a unit has been queued, with the number of those that wait and the cache's
+    /// mutex held, to wake those who call `write_next` in the background. Nothing: the request that
+    /// queued it writes it.
+    std::function<void(std::size_t waiting)> wake_writer;
     /// Called after storage was changed in a range, by the thread that still owns it, with no mutex
     /// held; other caches over the same storage must then `forget` it.
     std::function<void(const ByteRange&)> changed_storage;
@@ -207,6 +208,7 @@ private:
   void settle(const Lock& lock, Unit& unit);
   void count_unclean(const Lock&, Unit& unit, bool unclean) noexcept;
   [[nodiscard]] bool beyond_share(const Lock&) const;
+  void shrink(const Lock& lock);
   void queue_left_behind(const Lock& lock, Unit::Clock::time_point now);
   void drop_clean(const Lock& lock);
   void drop(const Lock&, Unit& unit);

@@ -223,7 +223,8 @@ WriteCache::Segments WriteCache::start(Storage& storage, const Job& job) {
   Segments segments;
   for (Unit* unit : job) {
     const ByteRange within = unit->range().intersection({0, capabilities.size});
-    if (unit->full(size_) || unit->fragmented())
+    unit->written_whole = unit->full(size_);
+    if (unit->written_whole || unit->fragmented())
       unit->begin_anew();
     unit->start_writing(within);
 

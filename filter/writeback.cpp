@@ -1,7 +1,7 @@
 #include "writeback.hpp"
 
 #include <algorithm>
-#include <chrono>
+#include <cstdint>
 #include <new>
 
 namespace qcowcache {
@@ -11,23 +11,27 @@ Writeback::~Writeback() {
 }
 
 void Writeback::start(unsigned writers) {
+  if (writers == 0)
+    return;
   const std::lock_guard lock(mutex_);
-  for (unsigned i = 0; i < writers; ++i) {
-    const bool ticks = writers_.empty();
-    writers_.emplace_back([this, ticks] { work(ticks); });
-  }
+  for (unsigned i = 0; i < writers; ++i)
+    writers_.emplace_back([this] { work(); });
+  ticker_ = std::thread([this] { tick_until_stopped(); });
 }
 
 void Writeback::stop() noexcept {
-  std::vector<std::thread> writers;
+  std::vector<std::thread> threads;
   {
     const std::lock_guard lock(mutex_);
     stopping_ = true;
-    writers.swap(writers_);
+    threads.swap(writers_);
   }
   work_.notify_all();
-  for (std::thread& writer : writers)
+  stop_.notify_all();
+  for (std::thread& writer : threads)
     writer.join();
+  if (ticker_.joinable())
+    ticker_.join();
 }
 
 void Writeback::add(const std::shared_ptr<Source>& source) {
@@ -41,57 +45,58 @@ void Writeback::remove(const std::shared_ptr<Source>& source) noexcept {
   std::erase(ready_, source);
 }
 
-void Writeback::wake(const std::shared_ptr<Source>& source) noexcept {
+void Writeback::wake(const std::shared_ptr<Source>& source, std::size_t waiting) noexcept {
   try {
     const std::lock_guard lock(mutex_);
-    make_ready(source);
+    if (!source->ready_ && std::ranges::find(sources_, source) != sources_.end()) {
+      ready_.push_back(source);
+      source->ready_ = true;
+    }
+    if (source->ready_ && waiting > awake_)
+      work_.notify_one();
   } catch (const std::bad_alloc&) {
     return;
   }
 }
 
-void Writeback::make_ready(const std::shared_ptr<Source>& source) {
-  if (source->ready_ || std::ranges::find(sources_, source) == sources_.end())
-    return;
-  ready_.push_back(source);
-  source->ready_ = true;
-  work_.notify_one();
-}
-
-void Writeback::work(bool ticks) {
+void Writeback::work() {
   std::unique_lock lock(mutex_);
-  auto next_tick = std::chrono::steady_clock::now() + tick_interval;
+  ++awake_;
   while (!stopping_) {
-    if (ticks && std::chrono::steady_clock::now() >= next_tick) {
-      lock.unlock();
-      try {
-        tick_all();
-      } catch (const std::bad_alloc&) {
-        // The next tick does what this one did not.
-      }
-      lock.lock();
-      next_tick = std::chrono::steady_clock::now() + tick_interval;
-    } else if (!ready_.empty()) {
+    if (ready_.empty()) {
+      --awake_;
+      work_.wait(lock);
+      ++awake_;
+    } else {
       const std::shared_ptr<Source> source = std::move(ready_.front());
       ready_.pop_front();
       source->ready_ = false;
       lock.unlock();
       // One unit is this writer's; where more wait, others may begin with them meanwhile.
       try {
-        if (source->waiting() > 1)
-          wake(source);
+        if (const std::size_t waiting = source->waiting(); waiting > 1)
+          wake(source, waiting);
         source->write_one();
-        if (source->waiting() > 0)
-          wake(source);
+        if (const std::size_t waiting = source->waiting(); waiting > 0)
+          wake(source, waiting);
       } catch (const std::bad_alloc&) {
         // What waits still waits, and is found at the next tick.
       }
       lock.lock();
-    } else if (ticks) {
-      work_.wait_until(lock, next_tick);
-    } else {
-      work_.wait(lock);
     }
+  }
+}
+
+void Writeback::tick_until_stopped() {
+  std::unique_lock lock(mutex_);
+  while (!stop_.wait_for(lock, tick_interval, [this] { return stopping_; })) {
+    lock.unlock();
+    try {
+      tick_all();
+    } catch (const std::bad_alloc&) {
+      // The next tick does what this one did not.
+    }
+    lock.lock();
   }
 }
 
@@ -106,7 +111,7 @@ void Writeback::tick_all() {
   for (const std::shared_ptr<Source>& source : sources) {
     source->tick();
     if (source->waiting() > 0)
-      wake(source);
+      wake(source, SIZE_MAX);
   }
 }
 

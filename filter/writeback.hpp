@@ -1,6 +1,8 @@
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
+#include <cstddef>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -55,23 +57,31 @@ public:
 
   void add(const std::shared_ptr<Source>& source);
   void remove(const std::shared_ptr<Source>& source) noexcept;
-  /// Something waits at `source`. Ignored when the source was not added, or is removed. Without
-  /// memory to note it the next tick finds it.
-  void wake(const std::shared_ptr<Source>& source) noexcept;
+  /// `waiting` units wait at `source`. Ignored when the source was not added, or is removed.
+  /// Without memory to note it the next tick finds it.
+  ///
+  /// A sleeping writer is only called when more waits than writers are awake, for those look for
+  /// more before they sleep: being called costs more processor time than a quick write. Should one
+  /// of them be caught in storage that hangs, the next tick calls another.
+  void wake(const std::shared_ptr<Source>& source, std::size_t waiting) noexcept;
 
 private:
-  void work(bool ticks);
+  void work();
+  void tick_until_stopped();
   void tick_all();
-  void make_ready(const std::shared_ptr<Source>& source);
 
   const std::function<void()> on_tick_;
   std::mutex mutex_;
   std::condition_variable work_;
+  std::condition_variable stop_;
   bool stopping_ = false;
+  std::size_t awake_ = 0;
   std::vector<std::shared_ptr<Source>> sources_;
   /// Sources with something to do, each once, so that all get their turn.
   std::deque<std::shared_ptr<Source>> ready_;
   std::vector<std::thread> writers_;
+  /// Writes nothing itself, so that no storage can stop the clock.
+  std::thread ticker_;
 };
 
 } // namespace qcowcache

@@ -484,7 +484,8 @@ TEST_CASE("requests fit storage's block sizes", "[write_cache]") {
       std::fill_n(where, size, std::byte{0});
       break;
     case 1:
-      REQUIRE(bench.read(offset, size) == std::vector<std::byte>(where, where + size));
+      REQUIRE(bench.read(offset, size) ==
+              std::vector<std::byte>(where, where + static_cast<std::ptrdiff_t>(size)));
       break;
     case 2:
       bench.cache->flush(bench.storage);
@@ -611,7 +612,7 @@ TEST_CASE("the end of a cluster queues its unit, and units left behind follow", 
 TEST_CASE("full units that wait side by side are merged", "[write_cache]") {
   WriteCache::Settings settings;
   settings.max_write = 4 * unit;
-  settings.wake_writer = [] {}; // somebody else is to write
+  settings.wake_writer = [](std::size_t /*waiting*/) {}; // somebody else is to write
   Bench bench(MemoryStorage::everything(disk_size), 32 * 1024 * 1024, std::move(settings));
   bench.with_header();
   const auto data = pattern(10 * unit, 1);
@@ -746,7 +747,7 @@ TEST_CASE("full neighbours that a connection cannot reach stay queued for anothe
   MemoryBudget budget(32 * 1024 * 1024);
   WriteCache::Settings settings;
   settings.cluster_size = unit;
-  settings.wake_writer = [] {};
+  settings.wake_writer = [](std::size_t /*waiting*/) {};
   MemoryStorage large(MemoryStorage::everything(disk_size), disk);
   MemoryStorage small(MemoryStorage::everything(2 * unit), disk);
   const auto cache =
@@ -808,7 +809,8 @@ TEST_CASE("random requests behave like an array of bytes", "[write_cache]") {
       break;
     case 2:
     case 3:
-      REQUIRE(bench.read(offset, count) == std::vector<std::byte>(where, where + count));
+      REQUIRE(bench.read(offset, count) ==
+              std::vector<std::byte>(where, where + static_cast<std::ptrdiff_t>(count)));
       break;
     case 4:
       bench.cache->flush(bench.storage);

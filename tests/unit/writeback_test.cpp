@@ -46,7 +46,7 @@ TEST_CASE("one wake is enough for all that waits at a source", "[writeback]") {
   const auto source = std::make_shared<Counted>(100);
   writeback.add(source);
   writeback.start(3);
-  writeback.wake(source);
+  writeback.wake(source, source->waiting());
   source->wait_until_done();
   writeback.stop();
   CHECK(source->written == 100);
@@ -59,7 +59,7 @@ TEST_CASE("several writers work on one source at once", "[writeback]") {
   source->during = [&] { together.arrive_and_wait(); };
   writeback.add(source);
   writeback.start(4);
-  writeback.wake(source);
+  writeback.wake(source, source->waiting());
   source->wait_until_done();
   writeback.stop();
   CHECK(source->written == 4);
@@ -73,8 +73,8 @@ TEST_CASE("sources take turns", "[writeback]") {
   small->during = [&] { before_small = large->written.load(); };
   writeback.add(large);
   writeback.add(small);
-  writeback.wake(large);
-  writeback.wake(small);
+  writeback.wake(large, large->waiting());
+  writeback.wake(small, small->waiting());
   writeback.start(1);
   small->wait_until_done();
   large->wait_until_done();
@@ -93,7 +93,7 @@ TEST_CASE("after stop nothing more is written, and what waits is still there", "
   };
   writeback.add(source);
   writeback.start(1);
-  writeback.wake(source);
+  writeback.wake(source, source->waiting());
   reached.acquire();
   std::thread stopping([&] { writeback.stop(); });
   go_on.release();
@@ -110,7 +110,7 @@ TEST_CASE("after stop nothing more is written, and what waits is still there", "
   letting_go.join();
   const std::size_t written = source->written;
   CHECK(written + source->waiting() == 10);
-  writeback.wake(source);
+  writeback.wake(source, source->waiting());
   CHECK(source->written == written);
 }
 
@@ -120,10 +120,10 @@ TEST_CASE("a source that was removed is not called any more", "[writeback]") {
   const auto kept = std::make_shared<Counted>(5);
   writeback.add(removed);
   writeback.add(kept);
-  writeback.wake(removed);
+  writeback.wake(removed, removed->waiting());
   writeback.remove(removed);
-  writeback.wake(removed);
-  writeback.wake(kept);
+  writeback.wake(removed, removed->waiting());
+  writeback.wake(kept, kept->waiting());
   writeback.start(2);
   kept->wait_until_done();
   writeback.stop();

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# qcowcache-size-file is followed while nbdkit serves: shrinking writes what no
+# longer fits, 0 passes everything through, growing takes effect at once, and
+# nonsense keeps the last size and is said once.
+
+# shellcheck source-path=SCRIPTDIR source=functions.sh
+source "$(dirname "$0")/functions.sh"
+set -e
+
+fresh_file "$work/disk" 32M
+write_header "$work/disk" 16
+echo 16M >"$work/size"
+start_nbdkit server --filter="$FILTER" --filter=log file "$work/disk" logfile="$work/below.log" \
+    qcowcache-size-file="$work/size" qcowcache-size=1M qcowcache-expire=0
+python "$work/server.sock" "$work/size" "$work/disk" "$work/below.log" <<'END'
+import nbd, os, sys, time
+client = nbd.NBD()
+client.connect_unix(sys.argv[1])
+
+def hold(size):
+    with open(sys.argv[2] + ".new", "w") as file:
+        file.write(size)
+    os.rename(sys.argv[2] + ".new", sys.argv[2])
+
+def stored(unit):
+    with open(sys.argv[3], "rb") as disk:
+        disk.seek(unit << 16)
+        return disk.read(4) == b"%04d" % unit
+
+def write(unit):
+    client.pwrite(b"%04d" % unit, unit << 16)
+
+def wait_until(condition, what):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+for unit in range(1, 101):
+    write(unit)
+assert not any(stored(unit) for unit in range(1, 101)), "16M of the file were not taken"
+
+hold("2M\n")
+wait_until(lambda: sum(map(stored, range(1, 101))) >= 70, "shrinking did not write what no longer fits")
+
+hold("0")
+wait_until(lambda: all(map(stored, range(1, 101))), "0 did not drain")
+write(200)
+assert stored(200), "0 did not pass a write through"
+
+hold("junk")
+client.pread(10, 0)
+write(201)
+hold("16M")
+def cached():
+    write(202)
+    with open(sys.argv[3], "rb") as disk:
+        disk.seek(202 << 16)
+        held = disk.read(4) == bytes(4)
+    client.trim(65536, 202 << 16)
+    return held
+wait_until(cached, "growing had no effect")
+assert client.pread(4, 100 << 16) == b"0100"
+client.shutdown()
+END
+stop_nbdkit server
+
+fresh_file "$work/disk" 4M
+write_header "$work/disk" 16
+echo "not a size" >"$work/size"
+start_nbdkit server --filter="$FILTER" file "$work/disk" qcowcache-size-file="$work/size"
+for _ in 1 2 3 4 5; do
+    nbdsh -u "$(uri server)" -c 'h.pwrite(b"x" * 100, 70000)' -c 'h.flush()'
+done
+wait_until 10 grep -q "qcowcache-size-file=$work/size" "$work/server.err" || fail "nothing was said of nonsense"
+[ "$(grep -c "qcowcache-size-file=$work/size" "$work/server.err")" -eq 1 ] || fail "said more than once"
+stop_nbdkit server
