@@ -64,8 +64,7 @@ std::shared_ptr<WriteCache> Export::make_cache(const Capabilities& capabilities)
         writeback->wake(source, waiting);
     };
   }
-  const auto cache =
-      std::make_shared<WriteCache>(std::move(settings), capabilities, ranges_, budget_);
+  auto cache = std::make_shared<WriteCache>(std::move(settings), capabilities, ranges_, budget_);
   std::shared_ptr<Writeback::Source> source;
   self->cache = cache.get();
   if (settings_.writeback != nullptr) {
@@ -87,7 +86,7 @@ std::shared_ptr<WriteCache> Export::attach(const std::shared_ptr<Handle>& handle
   } else {
     if (shared_cache_ && !shared_size() && shared_cache_->size() != capabilities.size) {
       settings_.report_loss(name_, shared_cache_->unsaved());
-      remove(shared_cache_);
+      remove(shared_cache_.get());
     }
     if (!shared_cache_)
       shared_cache_ = make_cache(capabilities);
@@ -108,26 +107,26 @@ void Export::detach(const std::shared_ptr<Handle>& handle,
     const Unsaved lost = cache->unsaved();
     if (lost.bytes > 0)
       settings_.report_loss(name_, lost);
-    remove(cache);
+    remove(cache.get());
   } else if (shared_size()) {
     follow_size();
   } else {
     cache->forget_all();
     if (cache->unsaved().bytes == 0)
-      remove(cache);
+      remove(cache.get());
   }
 }
 
-void Export::remove(const std::shared_ptr<WriteCache>& cache) {
-  const std::shared_ptr<WriteCache> removed = cache; // `cache` may be the member reset below
-  const auto entry = std::ranges::find(caches_, removed, &Entry::cache);
+void Export::remove(const WriteCache* removed) {
+  const auto is_removed = [removed](const Entry& entry) { return entry.cache.get() == removed; };
+  const auto entry = std::ranges::find_if(caches_, is_removed);
   if (entry != caches_.end()) {
     if (const std::shared_ptr<Writeback::Source> source = entry->source.lock())
       settings_.writeback->remove(source);
-    caches_.erase(entry);
   }
-  if (shared_cache_ == removed)
+  if (shared_cache_.get() == removed)
     shared_cache_.reset();
+  std::erase_if(caches_, is_removed);
 }
 
 std::optional<Handle::Use> Export::borrow(const WriteCache& cache,

@@ -72,7 +72,7 @@ private:
 
   void follow_size();
   std::shared_ptr<WriteCache> make_cache(const Capabilities& capabilities);
-  void remove(const std::shared_ptr<WriteCache>& cache);
+  void remove(const WriteCache* removed);
   void changed_storage(const WriteCache* by, const ByteRange& range) const;
   /// The size that the largest connection sees which shares the cache; nothing when there is none.
   [[nodiscard]] std::optional<std::uint64_t> shared_size() const;

@@ -83,7 +83,7 @@ std::shared_ptr<Unit::Buffer> WriteCache::take_buffer(const Lock& /*lock*/) {
 }
 
 Unit& WriteCache::add_unit(const Lock& /*lock*/, std::uint64_t begin,
-                           std::shared_ptr<Unit::Buffer> buffer) {
+                           std::shared_ptr<Unit::Buffer>&& buffer) {
   Unit& unit = units_
                    .try_emplace(begin, ByteRange{begin, begin + unit_size_}, std::move(buffer),
                                 most_fragments())

@@ -203,7 +203,7 @@ private:
   [[nodiscard]] std::size_t most_fragments() const noexcept;
   [[nodiscard]] std::size_t bookkeeping() const noexcept;
   [[nodiscard]] std::shared_ptr<Unit::Buffer> take_buffer(const Lock&);
-  Unit& add_unit(const Lock&, std::uint64_t begin, std::shared_ptr<Unit::Buffer> buffer);
+  Unit& add_unit(const Lock&, std::uint64_t begin, std::shared_ptr<Unit::Buffer>&& buffer);
   void enqueue(const Lock&, Unit& unit);
   void settle(const Lock& lock, Unit& unit);
   void count_unclean(const Lock&, Unit& unit, bool unclean) noexcept;
