@@ -178,9 +178,9 @@ void MemoryBudget::note_change() noexcept {
   changed_.notify_all();
 }
 
-void MemoryBudget::wait_for_change(std::uint64_t seen, std::chrono::milliseconds longest) const {
+bool MemoryBudget::wait_for_change(std::uint64_t seen, std::chrono::milliseconds longest) const {
   std::unique_lock lock(mutex_);
-  changed_.wait_for(lock, longest, [&] { return changes_ != seen; });
+  return changed_.wait_for(lock, longest, [&] { return changes_ != seen; });
 }
 
 } // namespace qcowcache

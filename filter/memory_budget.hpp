@@ -117,8 +117,8 @@ public:
   /// storage refused some.
   [[nodiscard]] std::uint64_t changes() const;
   void note_change() noexcept;
-  /// Waits until `changes` is not `seen`, or until `longest` has passed.
-  void wait_for_change(std::uint64_t seen, std::chrono::milliseconds longest) const;
+  /// Waits until `changes` is not `seen`, or until `longest` has passed; returns which.
+  bool wait_for_change(std::uint64_t seen, std::chrono::milliseconds longest) const;
 
 private:
   [[nodiscard]] std::vector<std::shared_ptr<Holder>> holders() const;

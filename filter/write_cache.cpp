@@ -338,11 +338,11 @@ void WriteCache::learn_zeros(Storage& storage, const ByteRange& range) {
       zero_map_.withdraw(question);
       throw;
     }
-    // Where storage's answer ends inside a block, the block is asked about again, or, when that
-    // was all it said, taken for data.
+    // Where storage's answer ends inside a block, the block is asked about again. When that was all
+    // it said, what follows is taken for data.
     const std::uint64_t whole = align_down(answered.end, capabilities.minimum);
     const bool progress = whole > rest.begin;
-    answered.end = std::min(progress ? whole : rest.begin + capabilities.minimum, rest.end);
+    answered.end = std::min(progress ? whole : rest.begin + least_unit_size, rest.end);
     if (!progress)
       zeros.clear();
     zeros.remove({answered.end, UINT64_MAX});
@@ -566,13 +566,13 @@ bool WriteCache::make_room(Storage& storage) {
   if (!budget_.press(*this))
     return false;
   if (writing()) {
-    budget_.wait_for_change(seen, std::chrono::hours(1));
-    return true;
+    // The background writers may all be caught in storage of another export that hangs.
+    constexpr std::chrono::milliseconds patience{100};
+    return budget_.wait_for_change(seen, patience) || write_oldest(storage);
   }
   // The memory is with other exports, whose storage may hang: this one's clients do not wait for
   // that longer than they can bear.
-  budget_.wait_for_change(seen, std::chrono::seconds(1));
-  return budget_.changes() != seen;
+  return budget_.wait_for_change(seen, std::chrono::seconds(1));
 }
 
 bool WriteCache::write_oldest(Storage& storage) {

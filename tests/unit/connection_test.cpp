@@ -292,6 +292,34 @@ TEST_CASE("storage that hangs does not make reads of cached bytes hang", "[conne
   client.flush();
 }
 
+TEST_CASE("storage of one export that hangs does not stop another", "[connection]") {
+  Serving serving(6 * (unit + 8192), 2);
+  std::latch both_hang(2);
+  std::latch go_on(1);
+  std::atomic<int> caught = 0;
+  Client hanging(serving, "a", image(40 * unit), MemoryStorage::everything(40 * unit),
+                 [&](const MemoryStorage::Call& call) {
+                   if (call.kind == Kind::write && caught.fetch_add(1) < 2) {
+                     both_hang.count_down();
+                     go_on.wait();
+                   }
+                 });
+  // Not side by side, so that each of the writers gets caught by one.
+  hanging.write(2 * unit, pattern(unit, 1));
+  hanging.write(4 * unit, pattern(unit, 2));
+  both_hang.wait();
+  const auto disk = image(40 * unit);
+  Client other(serving, "b", disk, MemoryStorage::everything(40 * unit));
+  const auto data = pattern(20 * unit, 3);
+  for (std::size_t done = 0; done < data.size(); done += unit / 2)
+    other.write(unit + done, std::span(data).subspan(done, unit / 2));
+  other.flush();
+  std::vector<std::byte> stored(data.size());
+  disk->read(unit, stored);
+  CHECK(stored == data);
+  go_on.count_down();
+}
+
 TEST_CASE("partial units that nobody comes back to are written in the background", "[connection]") {
   Serving serving(64 * unit, 2);
   const auto disk = image(40 * unit);

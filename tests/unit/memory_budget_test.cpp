@@ -427,8 +427,9 @@ TEST_CASE("waiting for a change ends with a change", "[memory_budget]") {
   MemoryBudget budget(page);
   const std::uint64_t seen = budget.changes();
   std::thread changing([&] { budget.note_change(); });
-  budget.wait_for_change(seen, std::chrono::hours(1));
+  CHECK(budget.wait_for_change(seen, std::chrono::hours(1)));
   changing.join();
+  CHECK_FALSE(budget.wait_for_change(budget.changes(), std::chrono::milliseconds(1)));
   CHECK(budget.changes() != seen);
   {
     const auto buffer = budget.try_take(page, 0);
