@@ -79,6 +79,7 @@ std::shared_ptr<WriteCache> Export::make_cache(const Capabilities& capabilities)
 
 std::shared_ptr<WriteCache> Export::attach(const std::shared_ptr<Handle>& handle) {
   const std::lock_guard lock(mutex_);
+  members_.reserve(members_.size() + 1); // nothing below a new cache can fail
   const Capabilities& capabilities = handle->capabilities();
   std::shared_ptr<WriteCache> cache;
   if (!capabilities.can_multi_conn) {
@@ -178,10 +179,10 @@ void Export::report_left() const {
 Exports::Membership Exports::attach(const std::string& name,
                                     const std::shared_ptr<Handle>& handle) {
   const std::lock_guard lock(mutex_);
-  std::shared_ptr<Export>& found = exports_[name];
-  if (!found)
-    found = std::make_shared<Export>(name, settings_, budget_);
-  return {found, found->attach(handle)};
+  auto found = exports_.find(name);
+  if (found == exports_.end())
+    found = exports_.emplace(name, std::make_shared<Export>(name, settings_, budget_)).first;
+  return {found->second, found->second->attach(handle)};
 }
 
 void Exports::detach(const Membership& membership, const std::shared_ptr<Handle>& handle) {

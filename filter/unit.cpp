@@ -26,13 +26,13 @@ bool Unit::owes(std::uint64_t moment) const noexcept {
 void Unit::absorb(std::uint64_t offset, std::span<const std::byte> data, std::uint64_t moment) {
   const ByteRange range{offset, offset + data.size()};
   const bool was_clean = dirty_.empty();
+  known_.reserve(known_.count() + 1);
+  written_.reserve(written_.count() + 1);
   dirty_.reserve(dirty_.count() + 1 + in_flight_.count());
-  // Knowing and having been written are harmless without being dirty, so the sets are extended in
-  // this order, after the bytes are there.
   std::ranges::copy(data, at(offset));
   known_.add(range);
   written_.add(range);
-  dirty_.add(range); // cannot throw any more
+  dirty_.add(range);
   if (was_clean)
     dirty_since_ = moment;
 }

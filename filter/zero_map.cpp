@@ -1,17 +1,17 @@
 #include "zero_map.hpp"
 
 #include <new>
+#include <utility>
 
 namespace qcowcache {
 
 void ZeroMap::learn(Question question, const ByteRange& answered, const ByteRanges& zeros) {
-  ByteRanges still_zeros = zeros;
-  still_zeros.remove(*question);
+  const ByteRanges changed_meanwhile = std::move(*question);
   questions_.erase(question);
-  for (const ByteRange& range : still_zeros) {
-    if (zeros_.count() < most_ranges)
-      zeros_.add(range);
-  }
+  ByteRanges still_zeros = zeros;
+  still_zeros.remove(changed_meanwhile);
+  zeros_.add(still_zeros);
+  keep_small();
   if (asked_.count() < most_ranges)
     asked_.add(answered);
 }
