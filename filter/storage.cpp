@@ -20,6 +20,17 @@ ByteRange first_piece(const ByteRange& range, std::uint64_t most, std::uint64_t 
   return {range.begin, cut > range.begin ? cut : range.begin + most};
 }
 
+/// Calls `request` for the pieces of `range`, in order.
+template <typename Request>
+void for_each_piece(const ByteRange& range, std::uint64_t most, std::uint64_t alignment,
+                    Request request) {
+  for (ByteRange rest = range; !rest.empty();) {
+    const ByteRange piece = first_piece(rest, most, alignment);
+    request(piece);
+    rest.begin = piece.end;
+  }
+}
+
 std::uint64_t most_for(const Capabilities& capabilities, std::uint64_t limit) {
   return std::min<std::uint64_t>(capabilities.maximum, limit);
 }
@@ -37,25 +48,19 @@ bool Storage::piece_needs_fua(bool fua, const ByteRange& range, std::uint64_t en
 }
 
 void Storage::read(std::uint64_t offset, std::span<std::byte> data) {
-  const std::uint64_t most = most_for(capabilities(), largest_request);
-  ByteRange rest{offset, offset + data.size()};
-  while (!rest.empty()) {
-    const ByteRange piece = first_piece(rest, most, capabilities().write_alignment());
-    do_read(piece.begin, data.subspan(piece.begin - offset, piece.size()));
-    rest.begin = piece.end;
-  }
+  for_each_piece({offset, offset + data.size()}, most_for(capabilities(), largest_request),
+                 capabilities().write_alignment(), [&](const ByteRange& piece) {
+                   do_read(piece.begin, data.subspan(piece.begin - offset, piece.size()));
+                 });
 }
 
 void Storage::write(std::uint64_t offset, std::span<const std::byte> data, bool fua) {
-  const std::uint64_t most = most_for(capabilities(), largest_request);
   const ByteRange range{offset, offset + data.size()};
-  ByteRange rest = range;
-  while (!rest.empty()) {
-    const ByteRange piece = first_piece(rest, most, capabilities().write_alignment());
-    do_write(piece.begin, data.subspan(piece.begin - offset, piece.size()),
-             piece_needs_fua(fua, range, piece.end));
-    rest.begin = piece.end;
-  }
+  for_each_piece(range, most_for(capabilities(), largest_request), capabilities().write_alignment(),
+                 [&](const ByteRange& piece) {
+                   do_write(piece.begin, data.subspan(piece.begin - offset, piece.size()),
+                            piece_needs_fua(fua, range, piece.end));
+                 });
   if (fua && capabilities().fua == Fua::none)
     flush();
 }
@@ -66,49 +71,33 @@ void Storage::flush() {
 }
 
 void Storage::zero(const ByteRange& range, const ZeroOptions& options) {
-  const std::uint64_t most = most_for(capabilities(), largest_zero);
-  ByteRange rest = range;
-  while (!rest.empty()) {
-    const ByteRange piece = first_piece(rest, most, capabilities().write_alignment());
-    ZeroOptions piece_options = options;
-    piece_options.fua = piece_needs_fua(options.fua, range, piece.end);
-    do_zero(piece, piece_options);
-    rest.begin = piece.end;
-  }
+  for_each_piece(range, most_for(capabilities(), largest_zero), capabilities().write_alignment(),
+                 [&](const ByteRange& piece) {
+                   ZeroOptions piece_options = options;
+                   piece_options.fua = piece_needs_fua(options.fua, range, piece.end);
+                   do_zero(piece, piece_options);
+                 });
   if (options.fua && capabilities().fua == Fua::none)
     flush();
 }
 
 void Storage::trim(const ByteRange& range, bool fua) {
-  const std::uint64_t most = most_for(capabilities(), largest_zero);
-  ByteRange rest = range;
-  while (!rest.empty()) {
-    const ByteRange piece = first_piece(rest, most, capabilities().write_alignment());
-    do_trim(piece, piece_needs_fua(fua, range, piece.end));
-    rest.begin = piece.end;
-  }
+  for_each_piece(
+      range, most_for(capabilities(), largest_zero), capabilities().write_alignment(),
+      [&](const ByteRange& piece) { do_trim(piece, piece_needs_fua(fua, range, piece.end)); });
   if (fua && capabilities().fua == Fua::none)
     flush();
 }
 
 void Storage::cache(const ByteRange& range) {
-  const std::uint64_t most = most_for(capabilities(), largest_request);
-  ByteRange rest = range;
-  while (!rest.empty()) {
-    const ByteRange piece = first_piece(rest, most, capabilities().write_alignment());
-    do_cache(piece);
-    rest.begin = piece.end;
-  }
+  for_each_piece(range, most_for(capabilities(), largest_request), capabilities().write_alignment(),
+                 [&](const ByteRange& piece) { do_cache(piece); });
 }
 
 std::uint64_t Storage::pieces(const ByteRange& range) const noexcept {
-  const std::uint64_t most = most_for(capabilities(), largest_zero);
-  ByteRange rest = range;
   std::uint64_t count = 0;
-  while (!rest.empty()) {
-    rest.begin = first_piece(rest, most, capabilities().write_alignment()).end;
-    ++count;
-  }
+  for_each_piece(range, most_for(capabilities(), largest_zero), capabilities().write_alignment(),
+                 [&](const ByteRange& /*piece*/) { ++count; });
   return count;
 }
 

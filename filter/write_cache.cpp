@@ -820,23 +820,13 @@ Unsaved WriteCache::unsaved() const {
 }
 
 void WriteCache::flush(Storage& storage) {
-  std::uint64_t moment = 0;
-  {
-    const Lock lock(mutex_);
-    moment = moment_;
-  }
-  if (const std::error_code error = write_owed(storage, moment))
+  if (const std::error_code error = write_owed(storage))
     throw std::system_error(error, "not everything could be stored");
   storage.flush();
 }
 
 Unsaved WriteCache::drain(Storage& storage) {
-  std::uint64_t moment = 0;
-  {
-    const Lock lock(mutex_);
-    moment = moment_;
-  }
-  const std::error_code error = write_owed(storage, moment);
+  const std::error_code error = write_owed(storage);
   Unsaved left = unsaved();
   left.error = error;
   return left;

@@ -237,7 +237,7 @@ private:
   void refuse(const Lock&, Unit& unit) noexcept;
   void leave_queue(const Lock&, Unit& unit, Unit::Turn turn) noexcept;
   bool write_busy_units(Storage& storage, const ByteRange& range);
-  std::error_code write_owed(Storage& storage, std::uint64_t moment);
+  std::error_code write_owed(Storage& storage);
 
   const Settings settings_;
   const std::uint64_t preferred_;

@@ -129,8 +129,9 @@ bool WriteCache::write_next(Storage& storage) {
   return true;
 }
 
-std::error_code WriteCache::write_owed(Storage& storage, std::uint64_t moment) {
+std::error_code WriteCache::write_owed(Storage& storage) {
   Lock lock(mutex_);
+  const std::uint64_t moment = moment_; // what is acknowledged later delays nobody
   for (Unit& unit : unclean_) {
     if (unit.owes(moment) && !unit.was_refused)
       enqueue(lock, unit);
