@@ -47,12 +47,14 @@ void Writeback::remove(const std::shared_ptr<Source>& source) noexcept {
 
 void Writeback::wake(const std::shared_ptr<Source>& source, std::size_t waiting) noexcept {
   try {
-    const std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
     if (!source->ready_ && std::ranges::find(sources_, source) != sources_.end()) {
       ready_.push_back(source);
       source->ready_ = true;
     }
-    if (source->ready_ && waiting > awake_)
+    const bool call = source->ready_ && waiting > awake_;
+    lock.unlock(); // the one who is called would only run into it
+    if (call)
       work_.notify_one();
   } catch (const std::bad_alloc&) {
     return;
