@@ -64,7 +64,6 @@ bool WriteCache::caching() const {
 }
 
 std::uint64_t WriteCache::unit_size() const {
-  const Lock lock(mutex_);
   return unit_size_;
 }
 
@@ -94,13 +93,17 @@ Unit& WriteCache::add_unit(const Lock& /*lock*/, std::uint64_t begin,
 
 // ---- The state of a unit
 
-void WriteCache::enqueue(const Lock& /*lock*/, Unit& unit) {
+bool WriteCache::join_queue(const Lock& /*lock*/, Unit& unit) noexcept {
   if (unit.turn != Unit::Turn::none || unit.dirty().empty())
-    return;
+    return false;
   unit.turn = Unit::Turn::queued;
   ++queued_;
   queue_.push_back(unit);
-  if (settings_.wake_writer)
+  return true;
+}
+
+void WriteCache::enqueue(const Lock& lock, Unit& unit) {
+  if (join_queue(lock, unit) && settings_.wake_writer)
     settings_.wake_writer(queued_);
 }
 
@@ -117,6 +120,21 @@ void WriteCache::count_unclean(const Lock& /*lock*/, Unit& unit, bool unclean) n
 /// leave memory for others in time.
 bool WriteCache::beyond_share(const Lock& /*lock*/) const {
   return !settings_.wake_writer && !budget_.fair(unclean_bytes_, unit_size_ + bookkeeping());
+}
+
+/// Without background writers the client waits for each write. So what it completes is held until
+/// there is enough for a large one: where a request costs a round trip, as it does with ssh, that
+/// is one for every sixteen clusters. Nobody waits for it.
+bool WriteCache::holds_back() const {
+  const Lock lock(mutex_);
+  const bool little = queued_ * unit_size_ < settings_.max_write;
+  if (!little || !caching(lock) || budget_.excess() > 0 || wanted_unit_size_ != unit_size_)
+    return false;
+  const auto now = Unit::Clock::now();
+  return std::all_of(queue_.begin(), queue_.end(), [&](const Unit& unit) {
+    const bool idle = settings_.expire && now - unit.touched >= *settings_.expire;
+    return unit.full(size_) && !idle;
+  });
 }
 
 /// Puts a unit, after something about it has changed, where it belongs.
@@ -265,11 +283,6 @@ void WriteCache::header_changed(const Lock& lock, const ByteRange& range) {
   relayout(lock);
 }
 
-bool WriteCache::layout_was_read() const {
-  const Lock lock(mutex_);
-  return layout_was_read_;
-}
-
 void WriteCache::learn_layout(Storage& storage) {
   const Capabilities& capabilities = storage.capabilities();
   const ByteRange watched = HeaderWatch::watched(capabilities.size);
@@ -295,12 +308,22 @@ void WriteCache::learn_layout(Storage& storage) {
     copy_cached(lock, block.begin, current, gaps);
     header_.learn(block.begin, current);
     relayout(lock);
-    if (!caching(lock) || wanted_unit_size_ != unit_size_ || units_.contains(0))
-      return;
-    if (std::shared_ptr<Unit::Buffer> buffer = take_buffer(lock))
-      add_unit(lock, 0, std::move(buffer)).learn(block.begin, data, nullptr);
+    keep_header(lock, data);
   } catch (const std::system_error&) {
     // Storage has said why. No layout is known, so nothing is cached until the header is written.
+  }
+}
+
+/// The client comes back to the header at once: `data`, with which storage begins, is kept.
+void WriteCache::keep_header(const Lock& lock, std::span<const std::byte> data) noexcept {
+  if (!caching(lock) || wanted_unit_size_ != unit_size_ || units_.contains(0))
+    return;
+  try {
+    if (std::shared_ptr<Unit::Buffer> buffer = take_buffer(lock))
+      add_unit(lock, 0, std::move(buffer))
+          .learn(0, data.first(std::min<std::size_t>(data.size(), unit_size_)), nullptr);
+  } catch (const std::bad_alloc&) {
+    // Nothing is kept: storage has it.
   }
 }
 
@@ -377,7 +400,7 @@ void WriteCache::forget_all() {
 
 Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
                             std::span<const std::byte> data) {
-  const Lock lock(mutex_);
+  Lock lock(mutex_);
   if (!caching(lock))
     return Absorbed::off;
 
@@ -406,6 +429,7 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
   }
 
   const auto now = Unit::Clock::now();
+  bool completed = false;
   ++moment_;
   for_each_unit(lock, range, [&](Unit& unit) {
     const ByteRange part = range.intersection(unit.range());
@@ -417,20 +441,24 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
     unit.hook.unlink();
     unclean_.push_back(unit);
     count_unclean(lock, unit, true);
-    if (unit.full(size_) && !unit.was_refused && unit.turn == Unit::Turn::none) {
-      enqueue(lock, unit);
+    if (unit.full(size_) && !unit.was_refused && join_queue(lock, unit)) {
+      completed = true;
       ++units_completed_;
     }
   });
   queue_left_behind(lock, now);
   header_.wrote(offset, data);
   header_changed(lock, range);
+  const std::size_t queued = queued_;
+  lock.unlock(); // a writer that is called would only run into it
+  if (completed && settings_.wake_writer)
+    settings_.wake_writer(queued);
   return Absorbed::held;
 }
 
 void WriteCache::write(Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
                        bool fua) {
-  if (!layout_was_read())
+  if (!layout_was_read_)
     learn_layout(storage);
   if (fua) {
     write_through(storage, offset, data, true);
@@ -468,7 +496,9 @@ void WriteCache::write(Storage& storage, std::uint64_t offset, std::span<const s
   if (!settings_.wake_writer) {
     if (budget_.excess() > 0)
       tick();
-    while (write_next(storage)) {
+    if (!holds_back()) {
+      while (write_next(storage)) {
+      }
     }
   }
 }
@@ -516,6 +546,8 @@ void WriteCache::write_through(Storage& storage, std::uint64_t offset,
     zero_map_.changed(blocks);
     header_.wrote(offset, data);
     header_changed(lock, range);
+    if (range.begin == 0)
+      keep_header(lock, data);
   }
   changed_on_storage(blocks);
 }

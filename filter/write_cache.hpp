@@ -11,6 +11,7 @@
 #include <boost/container/small_vector.hpp>
 #include <boost/intrusive/list.hpp>
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -66,9 +67,9 @@ public:
     /// A partial unit that nobody has written to for so long is left behind; nothing: never by
     /// time.
     std::optional<std::chrono::milliseconds> expire;
-    /// Called whenever a unit has been queued, with the number of those that wait and the cache's
-    /// mutex held, to wake those who call `write_next` in the background. Nothing: the request that
-    /// queued it writes it.
+    /// Called whenever a unit has been queued, with the number of those that wait, sometimes with
+    /// the cache's mutex held, to wake those who call `write_next` in the background. Nothing: the
+    /// request that queued it writes it.
     std::function<void(std::size_t waiting)> wake_writer;
     /// Called after storage was changed in a range, by the thread that still owns it, with no mutex
     /// held; other caches over the same storage must then `forget` it.
@@ -204,7 +205,8 @@ private:
   [[nodiscard]] std::size_t bookkeeping() const noexcept;
   [[nodiscard]] std::shared_ptr<Unit::Buffer> take_buffer(const Lock&);
   Unit& add_unit(const Lock&, std::uint64_t begin, std::shared_ptr<Unit::Buffer>&& buffer);
-  void enqueue(const Lock&, Unit& unit);
+  bool join_queue(const Lock&, Unit& unit) noexcept;
+  void enqueue(const Lock& lock, Unit& unit);
   void settle(const Lock& lock, Unit& unit);
   void count_unclean(const Lock&, Unit& unit, bool unclean) noexcept;
   [[nodiscard]] bool beyond_share(const Lock&) const;
@@ -212,8 +214,9 @@ private:
   void queue_left_behind(const Lock& lock, Unit::Clock::time_point now);
   void drop_clean(const Lock& lock);
   void drop(const Lock&, Unit& unit);
-  [[nodiscard]] bool layout_was_read() const;
   void relayout(const Lock& lock);
+  void keep_header(const Lock& lock, std::span<const std::byte> data) noexcept;
+  [[nodiscard]] bool holds_back() const;
   void header_changed(const Lock& lock, const ByteRange& range);
   [[nodiscard]] Job claim(const Lock& lock, Unit& unit, const Storage& storage);
   [[nodiscard]] static bool within_reach(const Lock&, const Unit& unit, const Storage& storage);
@@ -260,10 +263,12 @@ private:
   ZeroMap zero_map_;
   HeaderWatch header_;
   std::uint64_t size_;
-  std::uint64_t unit_size_;
+  /// Changed under the mutex, read without it by who only wants to know where to cut a request.
+  std::atomic<std::uint64_t> unit_size_;
   std::uint64_t wanted_unit_size_;
   bool has_layout_ = false;
-  bool layout_was_read_ = false;
+  /// The same, by who only wants to know whether there is anything to do.
+  std::atomic<bool> layout_was_read_ = false;
   bool stopped_ = false;
   /// Grows with each write; tells which bytes a flush has to wait for.
   std::uint64_t moment_ = 0;

@@ -18,11 +18,12 @@ namespace {
 
 constexpr std::uint64_t unit = WriteCache::least_unit_size;
 constexpr std::uint64_t disk_size = 64 * unit;
+constexpr std::size_t plenty = std::size_t{32} * 1024 * 1024;
 
 /// A cache over a disk in memory, with a qcow2 header on it unless told otherwise.
 struct Bench {
   explicit Bench(Capabilities capabilities = MemoryStorage::everything(disk_size),
-                 std::size_t memory = 32 * 1024 * 1024, WriteCache::Settings settings = {})
+                 std::size_t memory = plenty, WriteCache::Settings settings = {})
       : budget(memory), storage(capabilities),
         cache(std::make_shared<WriteCache>(std::move(settings), capabilities, ranges, budget)) {
     budget.add_holder(cache);
@@ -54,6 +55,13 @@ struct Bench {
   MemoryStorage storage;
   std::shared_ptr<WriteCache> cache;
 };
+
+/// Without background writers, what is full is written in writes of this size.
+WriteCache::Settings with_max_write(std::uint64_t bytes) {
+  WriteCache::Settings settings;
+  settings.max_write = bytes;
+  return settings;
+}
 
 /// Makes storage refuse requests of one kind while it lives.
 class Refusal {
@@ -117,7 +125,7 @@ TEST_CASE("without a qcow2 header every write reaches storage unchanged", "[writ
 }
 
 TEST_CASE("small writes are held, a full unit is written once and whole", "[write_cache]") {
-  Bench bench;
+  Bench bench(MemoryStorage::everything(disk_size), plenty, with_max_write(unit));
   bench.with_header();
   std::vector<std::byte> image;
   for (unsigned i = 0; image.size() < unit; ++i) {
@@ -202,7 +210,7 @@ TEST_CASE("storage without extents is read once where a block has to be complete
 
 TEST_CASE("the last bytes of an odd-sized export", "[write_cache]") {
   const std::uint64_t size = GENERATE(2 * unit + 1, 2 * unit + 511, 3 * unit - 1, unit + 4097);
-  Bench bench(MemoryStorage::everything(size));
+  Bench bench(MemoryStorage::everything(size), plenty, with_max_write(unit));
   bench.with_header();
   const auto data = pattern(1, 5);
   bench.write(size - 1, data);
@@ -624,6 +632,50 @@ TEST_CASE("full units that wait side by side are merged", "[write_cache]") {
   REQUIRE(writes.size() == 3);
   CHECK(writes[0].range == ByteRange{unit, 5 * unit});
   CHECK(bench.on_disk(unit, data.size()) == data);
+}
+
+TEST_CASE("without background writers full units wait for a large write", "[write_cache]") {
+  Bench bench(MemoryStorage::everything(disk_size), plenty, with_max_write(4 * unit));
+  bench.with_header();
+  const auto data = pattern(7 * unit, 1);
+  bench.write(unit, std::span(data).first(3 * unit));
+  CHECK(bench.storage.calls(Kind::write).empty());
+  bench.write(4 * unit, std::span(data).subspan(3 * unit, unit));
+  REQUIRE(bench.storage.calls(Kind::write).size() == 1);
+  CHECK(bench.storage.calls(Kind::write)[0].range == ByteRange{unit, 5 * unit});
+
+  SECTION("a flush does not") {
+    bench.write(5 * unit, std::span(data).subspan(4 * unit));
+    CHECK(bench.storage.calls(Kind::write).size() == 1);
+    bench.cache->flush(bench.storage);
+    REQUIRE(bench.storage.calls(Kind::write).size() == 2);
+    CHECK(bench.storage.calls(Kind::write)[1].range == ByteRange{5 * unit, 8 * unit});
+    CHECK(bench.on_disk(unit, data.size()) == data);
+  }
+  SECTION("nor does what is left behind") {
+    bench.write(5 * unit, std::span(data).subspan(4 * unit, unit + 1));
+    bench.cache->set_cluster_end(6 * unit);
+    bench.write(20 * unit, std::span(data).first(1));
+    CHECK(bench.on_disk(5 * unit, unit + 1) ==
+          std::vector(data.begin() + 4 * unit, data.begin() + 5 * unit + 1));
+  }
+  SECTION("nor what waits when memory becomes scarce") {
+    bench.write(5 * unit, std::span(data).subspan(4 * unit));
+    bench.budget.set_limit(2 * unit);
+    bench.write(20 * unit, std::span(data).first(1));
+    CHECK(bench.on_disk(unit, data.size()) == data);
+  }
+}
+
+TEST_CASE("the header that a client writes first is kept in memory", "[write_cache]") {
+  Bench bench;
+  const auto header = qcow2_header(16);
+  bench.cache->learn_layout(bench.storage);
+  bench.write(0, header);
+  bench.storage.forget_calls();
+  CHECK(bench.read(0, header.size()) == header);
+  CHECK(bench.storage.calls(Kind::read).empty());
+  CHECK(bench.on_disk(0, header.size()) == header);
 }
 
 TEST_CASE("another cache's change is seen, and what is dirty survives it", "[write_cache]") {
