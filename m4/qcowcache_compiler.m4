@@ -43,6 +43,37 @@ AC_ARG_ENABLE([werror],
 AS_VAR_IF([enable_werror], [yes], [WARNING_CXXFLAGS="$WARNING_CXXFLAGS -Werror"])
 AC_SUBST([WARNING_CXXFLAGS])])
 
+# QCOWCACHE_FUZZING
+# Adds to the sanitizers what libFuzzer steers by, so it comes before QCOWCACHE_SANITIZERS.
+AC_DEFUN([QCOWCACHE_FUZZING],
+[AC_ARG_ENABLE([fuzzing],
+  [AS_HELP_STRING([--enable-fuzzing],
+    [build for libFuzzer, with the sanitizers address,undefined unless others are named (clang++ only)])],
+  [], [enable_fuzzing=no])
+FUZZER_LDFLAGS=
+AS_CASE([$enable_fuzzing],
+  [no], [],
+  [yes], [FUZZER_LDFLAGS=-fsanitize=fuzzer
+  AC_MSG_CHECKING([whether $CXX has libFuzzer])
+  qcowcache_saved_CXXFLAGS=$CXXFLAGS
+  CXXFLAGS="$CXXFLAGS $FUZZER_LDFLAGS"
+  AC_LINK_IFELSE([AC_LANG_SOURCE([[
+#include <cstddef>
+#include <cstdint>
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *, std::size_t) { return 0; }
+]])],
+    [AC_MSG_RESULT([yes])],
+    [AC_MSG_RESULT([no])
+    AC_MSG_ERROR([--enable-fuzzing needs libFuzzer, which $CXX lacks: configure with CC=clang CXX=clang++; apt-get install clang (Debian), dnf install clang compiler-rt (Fedora)])])
+  CXXFLAGS=$qcowcache_saved_CXXFLAGS
+  AS_CASE([${enable_sanitizers:-yes}],
+    [yes], [enable_sanitizers=fuzzer-no-link,address,undefined],
+    [no], [enable_sanitizers=fuzzer-no-link],
+    [enable_sanitizers=fuzzer-no-link,$enable_sanitizers])],
+  [AC_MSG_ERROR([--enable-fuzzing=$enable_fuzzing: takes no value])])
+AC_SUBST([FUZZER_LDFLAGS])
+AM_CONDITIONAL([FUZZING], [test "x$enable_fuzzing" = xyes])])
+
 # QCOWCACHE_SANITIZERS
 AC_DEFUN([QCOWCACHE_SANITIZERS],
 [AC_ARG_ENABLE([sanitizers],

@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""The seeds that fuzzing starts from: the same ones each time.
+
+seeds.py --write CORPUS   write them to CORPUS/TARGET/seed-*
+seeds.py --check CORPUS   see that they are there, as they would be written
+
+Other files in the corpus are inputs that once broke something, or that reach what no seed does.
+"""
+
+import argparse
+import pathlib
+import random
+import struct
+import sys
+
+
+def header_bytes(version=3, bits=16, features=0, length=112, compression=0, order=4, crypt=0):
+    header = bytearray(112 if version >= 3 else 72)
+    struct.pack_into(">4sI", header, 0, b"QFI\xfb", version)
+    struct.pack_into(">IQIIQQI", header, 20, bits, 8 << 30, crypt, 16, 3 << 16, 1 << 16, 1)
+    if version >= 3:
+        struct.pack_into(">Q", header, 72, features)
+        struct.pack_into(">II", header, 96, order, length)
+        header[104] = compression
+    return bytes(header)
+
+
+def header_seeds():
+    yield "version-2", header_bytes(version=2, bits=12)
+    yield "deflate", header_bytes()
+    yield "zstd", header_bytes(features=8, compression=1)
+    yield "extended-l2", header_bytes(bits=14, features=16)
+    yield "no-type", header_bytes(length=104)[:104]
+    yield "external-data", header_bytes(features=4)
+    yield "luks", header_bytes(crypt=2)
+    yield "large-clusters", header_bytes(bits=21, order=6, length=1024) + bytes(400)
+
+
+def request_seeds():
+    # background, [memory,] minimum, preferred, maximum, size, can, fua, cluster, max write, image
+    storages = {
+        "plain": bytes([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]),
+        "queue": bytes([1, 0, 0, 0, 15, 0, 0, 1, 1, 0]),
+        "blocks": bytes([0, 3, 4, 2, 2, 14, 16, 1, 0, 2, 1]),
+        "little": bytes([0, 5, 0, 1, 2, 12, 8, 2, 1, 0, 0]),
+        "odd": bytes([0, 6, 3, 0, 3, 10, 1, 2, 2, 1, 1]),
+        "no-memory": bytes([0, 1, 4, 0, 0, 14, 0, 0, 1, 0, 1]),
+        "bare": bytes([1, 0, 0, 0, 0, 31, 2, 0, 0, 1]),
+    }
+    for name, storage in storages.items():
+        dice = random.Random(name)
+        # Mostly what a qcow2 client does: a header, appending, now and then something else.
+        script = bytes([2, 0, 0, 0])
+        for _ in range(40):
+            script += bytes([dice.choice([1, 1, 1, 1, 0, 3, 4, 5, 6, 7, 8, 9, 10, 11, 14])])
+            script += dice.randbytes(5)
+        yield name, storage + script
+
+
+SEEDS = {"header": header_seeds, "requests": request_seeds}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--write", action="store_true")
+    what.add_argument("--check", action="store_true")
+    parser.add_argument("corpus", type=pathlib.Path)
+    arguments = parser.parse_args()
+
+    wrong = []
+    for target, seeds in SEEDS.items():
+        wanted = {f"seed-{name}": data for name, data in seeds()}
+        directory = arguments.corpus / target
+        if arguments.write:
+            directory.mkdir(parents=True, exist_ok=True)
+            for old in directory.glob("seed-*"):
+                old.unlink()
+            for name, data in wanted.items():
+                (directory / name).write_bytes(data)
+        present = {path.name: path.read_bytes() for path in directory.glob("seed-*")}
+        wrong += [directory / name for name in sorted(wanted.keys() | present.keys())
+                  if wanted.get(name) != present.get(name)]
+    if wrong:
+        sys.exit("not what seeds.py writes: " + ", ".join(map(str, wrong)))
+
+
+if __name__ == "__main__":
+    main()
