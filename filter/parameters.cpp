@@ -4,6 +4,7 @@
 #include <cctype>
 #include <charconv>
 #include <filesystem>
+#include <system_error>
 
 namespace qcowcache {
 
@@ -16,10 +17,23 @@ constexpr std::uint64_t most_expire = 86400;
 constexpr std::uint64_t least_cluster_size = 512;
 constexpr std::uint64_t most_cluster_size = std::uint64_t{2} * 1024 * 1024;
 
-[[noreturn]] void refuse(std::string_view key, std::string_view value, std::string_view allowed) {
+/// `key=value: `, on one line whatever the value is.
+std::string beginning_of_line(std::string_view key, std::string_view value) {
+  constexpr std::string_view digits = "0123456789abcdef";
   std::string line;
-  line.append(key).append("=").append(value).append(": must be ").append(allowed);
-  throw ParameterError(line);
+  line.append(key).append("=");
+  for (const char letter : value) {
+    const auto code = static_cast<unsigned char>(letter);
+    if (std::iscntrl(code) != 0)
+      line.append("\\x").append(1, digits[code / 16U]).append(1, digits[code % 16U]);
+    else
+      line.append(1, letter);
+  }
+  return line.append(": ");
+}
+
+[[noreturn]] void refuse(std::string_view key, std::string_view value, std::string_view allowed) {
+  throw ParameterError(beginning_of_line(key, value).append("must be ").append(allowed));
 }
 
 std::optional<std::uint64_t> parse_number(std::string_view text, std::uint64_t most) noexcept {
@@ -114,17 +128,18 @@ bool Parameters::set(std::string_view key, std::string_view value) {
     return true;
   }
   if (key == "qcowcache-size-file") {
-    if (value.empty())
+    // It need not be there yet, nor hold a size: that is looked at while nbdkit serves.
+    std::error_code error;
+    const std::filesystem::path absolute = std::filesystem::absolute(value, error);
+    if (error || std::filesystem::is_directory(absolute, error))
       refuse(key, value, "the name of a file");
-    size_file_ = std::filesystem::absolute(value).string(); // nbdkit changes directory later
+    size_file_ = absolute.string(); // nbdkit changes directory later
     return true;
   }
   if (key.substr(0, prefix.size()) == prefix) {
-    std::string line(key);
-    line.append("=").append(value).append(": no such parameter; allowed: cluster-size, expire, "
-                                          "max-write, size, size-file and writers, "
-                                          "each after qcowcache-");
-    throw ParameterError(line);
+    throw ParameterError(beginning_of_line(key, value) +
+                         "no such parameter; allowed: cluster-size, expire, max-write, size, "
+                         "size-file and writers, each after qcowcache-");
   }
   return false;
 }

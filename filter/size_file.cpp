@@ -2,15 +2,34 @@
 
 #include "parameters.hpp"
 
+#include <array>
+#include <filesystem>
 #include <fstream>
+#include <sstream>
+#include <system_error>
 
 namespace qcowcache {
 
+namespace {
+/// No size takes more characters, spaces and all.
+constexpr std::size_t most_text = 256;
+} // namespace
+
 std::optional<std::uint64_t> SizeFile::read() const {
-  std::ifstream file(path_);
+  // Opening anything else may wait for ever, and reading it may never end.
+  std::error_code error;
+  if (!std::filesystem::is_regular_file(path_, error))
+    return std::nullopt;
+  std::array<char, most_text> text{};
+  std::ifstream file(path_, std::ios::binary);
+  file.read(text.data(), text.size());
+  const auto length = static_cast<std::size_t>(file.gcount());
+  if (length == text.size())
+    return std::nullopt;
+  std::istringstream words(std::string(text.data(), length));
   std::string word;
   std::string more;
-  if (!(file >> word) || file >> more)
+  if (!(words >> word) || words >> more)
     return std::nullopt;
   return parse_size(word);
 }

@@ -9,8 +9,8 @@
 
 namespace qcowcache {
 
-/// A file that holds a size in bytes (as `parse_size` reads it), followed while it changes.
-/// Thread safe.
+/// A file that holds a size in bytes (as `parse_size` reads it), followed while it changes. It has
+/// to be a regular file, of less than 256 bytes. Thread safe.
 class SizeFile {
 public:
   /// It is looked at no more often than this.

@@ -135,7 +135,26 @@ TEST_CASE("qcowcache-cluster-size=auto goes back to the header", "[parameters]")
 }
 
 TEST_CASE("one line names a wrong size, its parameter and what is allowed", "[parameters]") {
-  for (const std::string_view value : {"", "lots", "-1", "64MB", "8E"}) {
+  for (const std::string_view value : {"",
+                                       "lots",
+                                       "-1",
+                                       "-0",
+                                       "64MB",
+                                       "64KiB",
+                                       "64Q",
+                                       "M64",
+                                       "6 4M",
+                                       " 64M",
+                                       "64M ",
+                                       "1.5M",
+                                       "0x10",
+                                       "1e6",
+                                       "auto",
+                                       "8E",
+                                       "64M,1",
+                                       "9223372036854775808",
+                                       "18446744073709551616",
+                                       "99999999999999999999"}) {
     const std::string line = complaint("qcowcache-size", value);
     INFO(line);
     CHECK(has(line, "qcowcache-size=" + std::string(value)));
@@ -147,8 +166,9 @@ TEST_CASE("one line names a wrong size, its parameter and what is allowed", "[pa
 
 TEST_CASE("one line names a wrong cluster size, its parameter and what is allowed",
           "[parameters]") {
-  for (const std::string_view value : {"", "0", "1", "256", "511", "513", "3K", "2097153", "3M",
-                                       "4M", "7E", "AUTO", "auto ", "-512", "off"}) {
+  for (const std::string_view value :
+       {"", "0", "1", "256", "511", "513", "3K", "2097153", "3M", "4M", "7E", "AUTO", "auto ",
+        "-512", "off", "64KB", "64Q", "65536.0", "99999999999999999999"}) {
     const std::string line = complaint("qcowcache-cluster-size", value);
     INFO(value << ": " << line);
     CHECK(has(line, "qcowcache-cluster-size=" + std::string(value)));
@@ -192,7 +212,27 @@ TEST_CASE("qcowcache-size-file takes a name, which is made absolute at once", "[
   CHECK(parameters.size_file() == "/run/size");
   CHECK(parameters.set("qcowcache-size-file", "size"));
   CHECK(parameters.size_file() == (std::filesystem::current_path() / "size").string());
-  CHECK(has(complaint("qcowcache-size-file", ""), "qcowcache-size-file="));
+  CHECK(parameters.set("qcowcache-size-file", "/no/such/directory/size"));
+  CHECK(parameters.size_file() == "/no/such/directory/size");
+}
+
+TEST_CASE("qcowcache-size-file is no directory", "[parameters]") {
+  for (const std::string_view value : {"", "/", "/.", ".", ".."}) {
+    const std::string line = complaint("qcowcache-size-file", value);
+    INFO(value << ": " << line);
+    CHECK(line == "qcowcache-size-file=" + std::string(value) + ": must be the name of a file");
+  }
+}
+
+TEST_CASE("a line stays one line, whatever the value", "[parameters]") {
+  for (const std::string_view key :
+       {"qcowcache-size", "qcowcache-cluster-size", "qcowcache-writers", "qcowcache-max-write",
+        "qcowcache-expire", "qcowcache-nonsense"}) {
+    const std::string line = complaint(key, "1\n2\r3\t4\x1b[31m");
+    INFO(line);
+    CHECK(line.starts_with(std::string(key) + R"(=1\x0a2\x0d3\x094\x1b[31m: )"));
+    CHECK(complaint(key, "caf\xc3\xa9").starts_with(std::string(key) + "=caf\xc3\xa9: "));
+  }
 }
 
 TEST_CASE("one line names a wrong number, its parameter and what is allowed", "[parameters]") {
@@ -204,15 +244,18 @@ TEST_CASE("one line names a wrong number, its parameter and what is allowed", "[
   };
   const std::vector<Wrong> all = {
       {"qcowcache-writers",
-       {"", "65", "-1", "+1", "4k", "1.5", "four", " 4", "4294967296"},
+       {"", "65", "-1", "+1", "4k", "1.5", "four", " 4", "4 ", "0x4", "4294967296",
+        "18446744073709551616"},
        "0",
        "64"},
       {"qcowcache-max-write",
-       {"", "0", "65535", "32M1", "33554433", "64M", "-1", "big"},
+       {"", "0", "65535", "32M1", "33554433", "64M", "-1", "big", "1MB", "1.5M", "1Q",
+        "9223372036854775808", "99999999999999999999"},
        "64K",
        "32M"},
       {"qcowcache-expire",
-       {"", "86401", "-1", "5s", "1.5", "never", "18446744073709551616"},
+       {"", "86401", "-1", "5s", "1.5", "never", " 5", "5 ", "0x5", "18446744073709551616",
+        "99999999999999999999"},
        "0",
        "86400"},
   };

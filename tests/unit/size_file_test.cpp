@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <fstream>
 #include <string>
+#include <sys/stat.h>
 #include <unistd.h>
 
 using qcowcache::SizeFile;
@@ -62,7 +63,10 @@ TEST_CASE("a file that holds no size is complained of once, until it does again"
     ++complaints;
   });
   CHECK_FALSE(next_look(file)); // it is not there
-  for (const char* nonsense : {"", "junk", "64M and more", "-1"}) {
+  for (const std::string& nonsense :
+       {std::string(), std::string("junk"), std::string("64M and more"), std::string("-1"),
+        std::string(" \n"), std::string("64M\0", 4), std::string(300, '0'),
+        std::string(300, ' ') + "64M", std::string("9999999999999999999999")}) {
     scratch.hold(nonsense);
     CHECK_FALSE(next_look(file));
   }
@@ -73,4 +77,24 @@ TEST_CASE("a file that holds no size is complained of once, until it does again"
   scratch.hold("junk");
   CHECK_FALSE(next_look(file));
   CHECK(complaints == 2);
+}
+
+TEST_CASE("spaces around a size do not matter", "[size_file]") {
+  const ScratchFile scratch;
+  SizeFile file(scratch.path(), [](const std::string&) {});
+  scratch.hold("\r\n \t2M \n\n");
+  CHECK(next_look(file) == std::uint64_t{2} * 1024 * 1024);
+}
+
+TEST_CASE("what is no file is neither waited for nor read without end", "[size_file]") {
+  const ScratchFile scratch;
+  unsigned complaints = 0;
+  const auto complain = [&](const std::string&) { ++complaints; };
+  for (const std::string& path : {std::string("/dev/zero"), std::string("/"), scratch.path()}) {
+    SizeFile file(path, complain);
+    if (path == scratch.path())
+      REQUIRE(mkfifo(path.c_str(), S_IRUSR | S_IWUSR) == 0);
+    CHECK_FALSE(file.changed());
+  }
+  CHECK(complaints == 3);
 }
