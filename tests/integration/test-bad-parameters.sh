@@ -100,16 +100,20 @@ for good in qcowcache-size=0 qcowcache-size=1 qcowcache-size=1G qcowcache-size=6
 done
 
 # Of two right ones the last counts: 0 would pass the write on as it is.
+
+# odd_writes PARAMETER...: how many reach storage, in $odd
 odd_writes ()
 {
     start_nbdkit twice --filter="$FILTER" --filter=log file "$work/disk" logfile="$work/log" "$@"
     nbdsh -u "$(uri twice)" -c 'h.pwrite(b"somebody", 70000)'
     stop_nbdkit twice
-    count_log "$work/log" odd
+    odd=$(count_log "$work/log" odd)
 }
 write_header "$work/disk" 16
-[ "$(odd_writes qcowcache-size=0 qcowcache-size=1M)" -eq 0 ] || fail "the first qcowcache-size counts"
-[ "$(odd_writes qcowcache-size=1M qcowcache-size=0)" -eq 1 ] || fail "the first qcowcache-size counts"
+odd_writes qcowcache-size=0 qcowcache-size=1M
+[ "$odd" -eq 0 ] || fail "the first qcowcache-size counts"
+odd_writes qcowcache-size=1M qcowcache-size=0
+[ "$odd" -eq 1 ] || fail "the first qcowcache-size counts"
 
 # A file that follows the size: named relative to where nbdkit was started, which it leaves when it
 # becomes a daemon; and not there yet, which is said once, in one line.
