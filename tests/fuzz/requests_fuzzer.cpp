@@ -250,6 +250,8 @@ private:
 
   std::vector<std::byte> peek(const ByteRange& range) {
     std::vector<std::byte> data(range.size());
+    if (data.empty())
+      return data;
     peeking_ = true;
     cache_->read(storage_, range.begin, data);
     peeking_ = false;
@@ -275,9 +277,11 @@ private:
   }
 
   void is_durable(const ByteRange& range, const char* what) {
+    // The disk in memory does not know what was written before a FUA that nbdkit emulates.
     const Capabilities& capabilities = storage_.capabilities();
-    const bool can = capabilities.can_flush || capabilities.fua == Fua::native;
-    const std::vector<std::byte> stored = can ? storage_.disk().durable() : storage_.disk().now();
+    const bool tells = capabilities.fua == Fua::native ||
+                       (capabilities.fua == Fua::none && capabilities.can_flush);
+    const std::vector<std::byte> stored = tells ? storage_.disk().durable() : storage_.disk().now();
     require(
         std::ranges::equal(std::span(stored).subspan(range.begin, range.size()), expected(range)),
         what);
@@ -356,10 +360,10 @@ private:
       std::ranges::copy(zeros, expected(range).begin());
       if (options.fua)
         is_durable(range, "a zero with FUA is not durable");
+    } else if (options.fast && !options.fua) {
+      unchanged(range, "a fast zero that failed changed bytes");
     } else {
       either(range, zeros, "a failed zero left other bytes");
-      if (options.fast)
-        unchanged(range, "a fast zero that failed changed bytes");
     }
   }
 
