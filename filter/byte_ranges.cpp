@@ -4,6 +4,10 @@
 
 namespace qcowcache {
 
+std::string to_string(const ByteRange& range) {
+  return std::to_string(range.begin) + "-" + std::to_string(range.end - 1);
+}
+
 ByteRanges::Ranges::iterator ByteRanges::first_ending_from(std::uint64_t offset) noexcept {
   if (ranges_.empty() || ranges_.back().end < offset)
     return ranges_.end();

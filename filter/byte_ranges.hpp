@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace qcowcache {
 
@@ -27,6 +28,9 @@ struct ByteRange {
   }
   friend bool operator==(const ByteRange&, const ByteRange&) noexcept = default;
 };
+
+/// For people: its first and its last byte, as in "4096-8191".
+[[nodiscard]] std::string to_string(const ByteRange& range);
 
 /// Multiples of `alignment` (a power of two) at or below, and at or above, `offset`.
 [[nodiscard]] constexpr std::uint64_t align_down(std::uint64_t offset,

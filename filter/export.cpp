@@ -55,6 +55,9 @@ std::shared_ptr<WriteCache> Export::make_cache(const Capabilities& capabilities)
   settings.cluster_size = settings_.cluster_size;
   settings.max_write = settings_.max_write;
   settings.expire = settings_.expire;
+  if (settings_.statistics != nullptr)
+    settings.counters = settings_.statistics->counters(name_);
+  settings.events = settings_.events.about("export \"" + printable(name_) + "\": ");
   settings.changed_storage = [this, self](const ByteRange& range) {
     changed_storage(self->cache, range);
   };
@@ -86,13 +89,14 @@ std::shared_ptr<WriteCache> Export::attach(const std::shared_ptr<Handle>& handle
     cache = make_cache(capabilities);
   } else {
     if (shared_cache_ && !shared_size() && shared_cache_->size() != capabilities.size) {
-      settings_.report_loss(name_, shared_cache_->unsaved());
+      report_lost(*shared_cache_);
       remove(shared_cache_.get());
     }
     if (!shared_cache_)
       shared_cache_ = make_cache(capabilities);
     cache = shared_cache_;
   }
+  handle->count_in(cache->counters());
   members_.push_back({handle, cache});
   if (cache == shared_cache_)
     follow_size();
@@ -105,9 +109,7 @@ void Export::detach(const std::shared_ptr<Handle>& handle,
   std::erase_if(members_, [&](const Member& member) { return member.handle == handle; });
   if (cache != shared_cache_) {
     cache->forget_all(); // a background writer may hold on to the cache a moment longer
-    const Unsaved lost = cache->unsaved();
-    if (lost.bytes > 0)
-      settings_.report_loss(name_, lost);
+    report_lost(*cache);
     remove(cache.get());
   } else if (shared_size()) {
     follow_size();
@@ -169,11 +171,16 @@ bool Export::disposable() const {
 
 void Export::report_left() const {
   const std::lock_guard lock(mutex_);
-  for (const Entry& entry : caches_) {
-    const Unsaved lost = entry.cache->unsaved();
-    if (lost.bytes > 0)
-      settings_.report_loss(name_, lost);
-  }
+  for (const Entry& entry : caches_)
+    report_lost(*entry.cache);
+}
+
+void Export::report_lost(const WriteCache& cache) const {
+  const Unsaved lost = cache.unsaved();
+  if (lost.bytes == 0)
+    return;
+  cache.counters()->add(Count::lost_bytes, lost.bytes);
+  settings_.report_loss(name_, lost);
 }
 
 Exports::Membership Exports::attach(const std::string& name,

@@ -1,8 +1,10 @@
 #pragma once
 
+#include "events.hpp"
 #include "handle.hpp"
 #include "memory_budget.hpp"
 #include "range_lock.hpp"
+#include "statistics.hpp"
 #include "write_cache.hpp"
 #include "writeback.hpp"
 
@@ -36,6 +38,9 @@ public:
     Writeback* writeback = nullptr;
     /// Tells the operator of bytes that were acknowledged and are lost. Must not throw.
     std::function<void(const std::string& export_name, const Unsaved& lost)> report_loss;
+    /// Where caches count, which outlives the export; nullptr: each for itself.
+    Statistics* statistics = nullptr;
+    Events events;
   };
 
   /// The budget outlives the export.
@@ -72,6 +77,7 @@ private:
 
   void follow_size();
   std::shared_ptr<WriteCache> make_cache(const Capabilities& capabilities);
+  void report_lost(const WriteCache& cache) const;
   void remove(const WriteCache* removed);
   void changed_storage(const WriteCache* by, const ByteRange& range) const;
   /// The size that the largest connection sees which shares the cache; nothing when there is none.

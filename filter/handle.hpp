@@ -46,6 +46,11 @@ public:
   /// Allows no new use and waits until the last one has ended. May be called again.
   void retire() noexcept;
 
+  /// As `Storage::count_in`. REQUIRES: not shown yet.
+  void count_in(std::shared_ptr<Counters> counters) noexcept {
+    storage_->count_in(std::move(counters));
+  }
+
   /// Fixed for the life of the connection; may be asked after `retire`, too.
   [[nodiscard]] const Capabilities& capabilities() const noexcept {
     return storage_->capabilities();

@@ -47,6 +47,11 @@ std::size_t MemoryBudget::used() const {
   return used_;
 }
 
+std::size_t MemoryBudget::peak() const {
+  const std::lock_guard lock(mutex_);
+  return peak_;
+}
+
 bool MemoryBudget::allows_two(std::size_t size, std::size_t extra) const {
   return limit() / 2 >= size + extra;
 }
@@ -68,6 +73,7 @@ std::shared_ptr<MemoryBudget::Buffer> MemoryBudget::try_take(std::size_t size, s
     if (used_ + size + extra > limit_)
       return nullptr;
     used_ += size + extra;
+    peak_ = std::max(peak_, used_);
     const auto kept = kept_by_size_.find(size);
     if (kept != kept_by_size_.end() && !kept->second.empty()) {
       memory = std::move(kept->second.back());

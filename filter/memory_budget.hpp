@@ -84,6 +84,8 @@ public:
   [[nodiscard]] std::size_t excess() const;
   /// Bytes handed out now; buffers kept for later do not count.
   [[nodiscard]] std::size_t used() const;
+  /// The most that `used` has ever been.
+  [[nodiscard]] std::size_t peak() const;
 
   /// Whether two buffers of `size` plus `extra` bytes can ever be had; with less nothing is cached.
   [[nodiscard]] bool allows_two(std::size_t size, std::size_t extra) const;
@@ -130,6 +132,7 @@ private:
   std::uint64_t changes_ = 0;
   std::size_t limit_;
   std::size_t used_ = 0;
+  std::size_t peak_ = 0;
   std::size_t kept_ = 0;
   std::size_t unclean_ = 0;
   std::map<std::size_t, std::vector<Buffer::Memory>> kept_by_size_;

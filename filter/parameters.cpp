@@ -1,5 +1,7 @@
 #include "parameters.hpp"
 
+#include "stats_file.hpp"
+
 #include <bit>
 #include <cctype>
 #include <charconv>
@@ -13,7 +15,7 @@ namespace {
 constexpr std::uint64_t least_max_write = std::uint64_t{64} * 1024;
 constexpr std::uint64_t most_max_write = std::uint64_t{32} * 1024 * 1024;
 constexpr std::uint64_t most_writers = 64;
-constexpr std::uint64_t most_expire = 86400;
+constexpr std::uint64_t most_seconds = 86400;
 constexpr std::uint64_t least_cluster_size = 512;
 constexpr std::uint64_t most_cluster_size = std::uint64_t{2} * 1024 * 1024;
 
@@ -81,7 +83,13 @@ const char* Parameters::help() noexcept {
          "qcowcache-writers=<N>          Background writers, 0 to 64 (default 4).\n"
          "qcowcache-max-write=<SIZE>     Largest merged write, 64K to 32M (default 1M).\n"
          "qcowcache-expire=<SECS>        Write partial units after this idle time, up to 86400\n"
-         "                               (default 5, 0: never by time).";
+         "                               (default 5, 0: never by time).\n"
+         "qcowcache-stats=<FILE>         Report statistics there at the end: *.json, *.prom\n"
+         "                               (Prometheus), otherwise text; an absolute path.\n"
+         "qcowcache-stats-interval=<SECS>\n"
+         "                               Rewrite that report this often while serving, up to "
+         "86400\n"
+         "                               (default 0: only at the end).";
 }
 
 bool Parameters::set(std::string_view key, std::string_view value) {
@@ -119,12 +127,28 @@ bool Parameters::set(std::string_view key, std::string_view value) {
     return true;
   }
   if (key == "qcowcache-expire") {
-    const std::optional<std::uint64_t> seconds = parse_number(value, most_expire);
+    const std::optional<std::uint64_t> seconds = parse_number(value, most_seconds);
     if (!seconds)
       refuse(key, value, "a number of seconds from 0 to 86400");
     expire_.reset();
     if (*seconds > 0)
       expire_ = std::chrono::seconds(*seconds);
+    return true;
+  }
+  if (key == "qcowcache-stats") {
+    const std::string fault = StatsFile::fault(std::string(value));
+    if (!fault.empty())
+      refuse(key, value, fault);
+    stats_file_ = value;
+    return true;
+  }
+  if (key == "qcowcache-stats-interval") {
+    const std::optional<std::uint64_t> seconds = parse_number(value, most_seconds);
+    if (!seconds)
+      refuse(key, value, "a number of seconds from 0 to 86400");
+    stats_interval_.reset();
+    if (*seconds > 0)
+      stats_interval_ = std::chrono::seconds(*seconds);
     return true;
   }
   if (key == "qcowcache-size-file") {
@@ -139,9 +163,15 @@ bool Parameters::set(std::string_view key, std::string_view value) {
   if (key.substr(0, prefix.size()) == prefix) {
     throw ParameterError(beginning_of_line(key, value) +
                          "no such parameter; allowed: cluster-size, expire, max-write, size, "
-                         "size-file and writers, each after qcowcache-");
+                         "size-file, stats, stats-interval and writers, each after qcowcache-");
   }
   return false;
+}
+
+void Parameters::check() const {
+  if (stats_interval_ && stats_file_.empty())
+    refuse("qcowcache-stats-interval", std::to_string(stats_interval_->count()),
+           "used together with qcowcache-stats, or 0");
 }
 
 } // namespace qcowcache

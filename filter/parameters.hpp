@@ -27,6 +27,8 @@ public:
 
   /// Takes `key=value`. Returns false for a key that is not this filter's; throws ParameterError.
   bool set(std::string_view key, std::string_view value);
+  /// To be called when all have been set. Throws ParameterError when they do not go together.
+  void check() const;
 
   /// Bytes for cached data and its bookkeeping, all exports together; 0 passes everything through.
   [[nodiscard]] std::uint64_t size() const noexcept { return size_; }
@@ -41,6 +43,12 @@ public:
   [[nodiscard]] std::optional<std::chrono::seconds> expire() const noexcept { return expire_; }
   /// Absolute path of a file that holds a size, or empty.
   [[nodiscard]] const std::string& size_file() const noexcept { return size_file_; }
+  /// Absolute path of the file that statistics are reported in, or empty.
+  [[nodiscard]] const std::string& stats_file() const noexcept { return stats_file_; }
+  /// How often the report is rewritten while nbdkit serves; nothing: only at the end.
+  [[nodiscard]] std::optional<std::chrono::seconds> stats_interval() const noexcept {
+    return stats_interval_;
+  }
 
 private:
   std::uint64_t size_ = std::uint64_t{64} * 1024 * 1024;
@@ -49,6 +57,8 @@ private:
   std::uint64_t max_write_ = std::uint64_t{1024} * 1024;
   std::optional<std::chrono::seconds> expire_ = std::chrono::seconds(5);
   std::string size_file_;
+  std::string stats_file_;
+  std::optional<std::chrono::seconds> stats_interval_;
 };
 
 /// A number of bytes as nbdkit writes it: digits, then nothing or one of B, K, M, G, T, P, E

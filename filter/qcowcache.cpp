@@ -2,16 +2,20 @@
 // comes back, an exception included, into C again.
 
 #include "connection.hpp"
+#include "events.hpp"
 #include "export.hpp"
 #include "memory_budget.hpp"
 #include "nbdkit_storage.hpp"
 #include "parameters.hpp"
 #include "size_file.hpp"
+#include "statistics.hpp"
+#include "stats_file.hpp"
 #include "writeback.hpp"
 
 #include <nbdkit-filter.h>
 
 #include <algorithm>
+#include <chrono>
 #include <exception>
 #include <list>
 #include <memory>
@@ -21,9 +25,31 @@
 #include <string>
 #include <system_error>
 
+// Set by nbdkit, before it serves, for -D qcowcache.trace=N.
+extern "C" {
+NBDKIT_DLL_PUBLIC int qcowcache_debug_trace = 0;
+}
+
 namespace {
 
 using namespace qcowcache;
+
+void complain(const std::string& line) {
+  nbdkit_error("%s", line.c_str());
+}
+
+void debug(const std::string& line) {
+  nbdkit_debug("qcowcache: %s", line.c_str());
+}
+
+/// nbdkit itself drops what `debug` says, but for -v.
+Events events() {
+  Events listeners;
+  listeners.decision = debug;
+  if (qcowcache_debug_trace != 0)
+    listeners.trace = debug;
+  return listeners;
+}
 
 void report_loss(const std::string& export_name, const Unsaved& lost) {
   constexpr std::size_t most_named = 4;
@@ -31,15 +57,15 @@ void report_loss(const std::string& export_name, const Unsaved& lost) {
   std::size_t named = 0;
   for (const ByteRange& range : lost.ranges) {
     if (named < most_named)
-      where += (named == 0 ? "" : ", ") + std::to_string(range.begin) + "-" +
-               std::to_string(range.end - 1);
+      where += (named == 0 ? "" : ", ") + to_string(range);
     ++named;
   }
   if (named > most_named)
     where += ", and " + std::to_string(named - most_named) + " more";
   nbdkit_error("qcowcache: export \"%s\": lost %llu bytes that were acknowledged, because storage "
                "refused them: %s",
-               export_name.c_str(), static_cast<unsigned long long>(lost.bytes), where.c_str());
+               printable(export_name).c_str(), static_cast<unsigned long long>(lost.bytes),
+               where.c_str());
 }
 
 /// All that lives as long as nbdkit serves.
@@ -50,24 +76,44 @@ public:
         writers_(thread_model == NBDKIT_THREAD_MODEL_PARALLEL ? parameters.writers() : 0),
         writeback_([this] { follow_size(); }),
         exports_({parameters.cluster_size(), parameters.max_write(), parameters.expire(),
-                  writers_ > 0 ? &writeback_ : nullptr, report_loss},
-                 budget_) {
+                  writers_ > 0 ? &writeback_ : nullptr, report_loss, &statistics_, events()},
+                 budget_),
+        stats_interval_(parameters.stats_interval()) {
     if (!parameters.size_file().empty()) {
-      size_file_.emplace(parameters.size_file(),
-                         [](const std::string& line) { nbdkit_error("%s", line.c_str()); });
+      size_file_.emplace(parameters.size_file(), complain);
       follow_size();
     }
+    if (!parameters.stats_file().empty())
+      stats_file_.emplace(
+          parameters.stats_file(), [this] { return snapshot(); }, complain);
+    if (parameters.writers() > 0 && writers_ == 0)
+      debug("no background writers: storage takes one request at a time");
+    else
+      debug(std::to_string(writers_) + " background writers");
   }
 
-  void start() { writeback_.start(writers_); }
-  void stop() noexcept { writeback_.stop(); }
+  void start() {
+    writeback_.start(writers_);
+    if (stats_file_ && stats_interval_)
+      stats_file_->start(*stats_interval_);
+  }
+
+  /// Nothing is written after this; what is left is lost.
+  void stop() {
+    writeback_.stop();
+    exports_.report_left();
+    if (stats_file_)
+      stats_file_->stop();
+  }
 
   /// Takes over a new size from qcowcache-size-file.
   void follow_size() {
     if (!size_file_)
       return;
-    if (const std::optional<std::uint64_t> size = size_file_->changed())
+    if (const std::optional<std::uint64_t> size = size_file_->changed()) {
+      debug("memory for cached data is now " + std::to_string(*size) + " bytes");
       budget_.set_limit(*size);
+    }
   }
 
   Connection* open(std::string export_name) {
@@ -87,9 +133,19 @@ public:
       closed.splice(closed.begin(), connections_, found);
   }
 
-  void report_left() const { exports_.report_left(); }
-
 private:
+  [[nodiscard]] Snapshot snapshot() const {
+    Snapshot taken = statistics_.snapshot();
+    const std::chrono::nanoseconds elapsed = std::chrono::steady_clock::now() - began_;
+    taken.elapsed_nanoseconds = static_cast<std::uint64_t>(elapsed.count());
+    taken.memory_limit_bytes = budget_.limit();
+    taken.memory_used_bytes = budget_.used();
+    taken.memory_peak_bytes = budget_.peak();
+    return taken;
+  }
+
+  const std::chrono::steady_clock::time_point began_ = std::chrono::steady_clock::now();
+  Statistics statistics_;
   MemoryBudget budget_;
   std::optional<SizeFile> size_file_;
   /// nbdkit guards a plugin that is not parallel with locks that only its own threads hold, so
@@ -97,6 +153,8 @@ private:
   const unsigned writers_;
   Writeback writeback_;
   Exports exports_;
+  const std::optional<std::chrono::seconds> stats_interval_;
+  std::optional<StatsFile> stats_file_;
   std::mutex mutex_;
   /// Owned here and not by nbdkit, which does not close what SIGTERM cuts off.
   std::list<std::unique_ptr<Connection>> connections_;
@@ -166,6 +224,12 @@ int filter_config_complete(nbdkit_next_config_complete* next, nbdkit_backend* ba
                  times_loaded);
     return -1;
   }
+  try {
+    parameters.check();
+  } catch (const std::exception& error) {
+    nbdkit_error("%s", error.what());
+    return -1;
+  }
   return next(backend);
 }
 
@@ -176,14 +240,20 @@ int filter_get_ready(int thread_model) {
 }
 
 int filter_after_fork(nbdkit_backend* /*backend*/) {
-  return errno_of("background writers", [] { server->start(); }) == 0 ? 0 : -1;
+  // Again, for nbdkit may have become another user.
+  if (const std::string& file = parameters.stats_file(); !file.empty()) {
+    if (const std::string fault = StatsFile::fault(file); !fault.empty()) {
+      nbdkit_error("qcowcache-stats=%s: must be %s", file.c_str(), fault.c_str());
+      return -1;
+    }
+  }
+  return errno_of("background threads", [] { server->start(); }) == 0 ? 0 : -1;
 }
 
 void filter_cleanup(nbdkit_backend* /*backend*/) {
   if (!server)
     return;
-  server->stop();
-  errno_of("cleanup", [] { server->report_left(); });
+  errno_of("cleanup", [] { server->stop(); });
 }
 
 void* filter_open(nbdkit_next_open* next, nbdkit_context* context, int readonly,

@@ -51,6 +51,8 @@ void Storage::read(std::uint64_t offset, std::span<std::byte> data) {
   for_each_piece({offset, offset + data.size()}, most_for(capabilities(), largest_request),
                  capabilities().write_alignment(), [&](const ByteRange& piece) {
                    do_read(piece.begin, data.subspan(piece.begin - offset, piece.size()));
+                   count(Count::storage_reads);
+                   count(Count::storage_read_bytes, piece.size());
                  });
 }
 
@@ -58,16 +60,25 @@ void Storage::write(std::uint64_t offset, std::span<const std::byte> data, bool 
   const ByteRange range{offset, offset + data.size()};
   for_each_piece(range, most_for(capabilities(), largest_request), capabilities().write_alignment(),
                  [&](const ByteRange& piece) {
-                   do_write(piece.begin, data.subspan(piece.begin - offset, piece.size()),
-                            piece_needs_fua(fua, range, piece.end));
+                   try {
+                     do_write(piece.begin, data.subspan(piece.begin - offset, piece.size()),
+                              piece_needs_fua(fua, range, piece.end));
+                   } catch (...) {
+                     count(Count::refused_writes);
+                     throw;
+                   }
+                   count(Count::storage_writes);
+                   count(Count::storage_written_bytes, piece.size());
                  });
   if (fua && capabilities().fua == Fua::none)
     flush();
 }
 
 void Storage::flush() {
-  if (capabilities().can_flush)
-    do_flush();
+  if (!capabilities().can_flush)
+    return;
+  do_flush();
+  count(Count::storage_flushes);
 }
 
 void Storage::zero(const ByteRange& range, const ZeroOptions& options) {
@@ -76,15 +87,18 @@ void Storage::zero(const ByteRange& range, const ZeroOptions& options) {
                    ZeroOptions piece_options = options;
                    piece_options.fua = piece_needs_fua(options.fua, range, piece.end);
                    do_zero(piece, piece_options);
+                   count(Count::storage_zeros);
                  });
   if (options.fua && capabilities().fua == Fua::none)
     flush();
 }
 
 void Storage::trim(const ByteRange& range, bool fua) {
-  for_each_piece(
-      range, most_for(capabilities(), largest_zero), capabilities().write_alignment(),
-      [&](const ByteRange& piece) { do_trim(piece, piece_needs_fua(fua, range, piece.end)); });
+  for_each_piece(range, most_for(capabilities(), largest_zero), capabilities().write_alignment(),
+                 [&](const ByteRange& piece) {
+                   do_trim(piece, piece_needs_fua(fua, range, piece.end));
+                   count(Count::storage_trims);
+                 });
   if (fua && capabilities().fua == Fua::none)
     flush();
 }

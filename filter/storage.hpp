@@ -1,9 +1,11 @@
 #pragma once
 
 #include "byte_ranges.hpp"
+#include "statistics.hpp"
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 
 namespace qcowcache {
@@ -55,6 +57,9 @@ public:
 
   [[nodiscard]] virtual const Capabilities& capabilities() const noexcept = 0;
 
+  /// Requests are counted there from now on. REQUIRES: no other thread uses the storage yet.
+  void count_in(std::shared_ptr<Counters> counters) noexcept { counters_ = std::move(counters); }
+
   void read(std::uint64_t offset, std::span<std::byte> data);
   /// With `fua`, `data` is durable on return; done by a flush where storage has no FUA.
   void write(std::uint64_t offset, std::span<const std::byte> data, bool fua);
@@ -98,6 +103,12 @@ private:
   /// Whether the piece that ends at `end` carries FUA when all of `range` has to be durable.
   [[nodiscard]] bool piece_needs_fua(bool fua, const ByteRange& range,
                                      std::uint64_t end) const noexcept;
+  void count(Count what, std::uint64_t more = 1) const noexcept {
+    if (counters_)
+      counters_->add(what, more);
+  }
+
+  std::shared_ptr<Counters> counters_;
 };
 
 } // namespace qcowcache

@@ -42,6 +42,17 @@ public:
     claimed, ///< a writer has it; only that writer may start writing
   };
 
+  /// Why the unit is to be written, should clients not have filled it.
+  enum class Reason {
+    flush,       ///< a client's flush
+    disconnect,  ///< a connection that ends
+    expiry,      ///< nobody has written to it for some time
+    memory,      ///< memory is needed elsewhere, or there is to be less of it
+    cluster_end, ///< its writer has moved on
+    many_pieces, ///< its bookkeeping is full, or its buffer is needed
+    new_layout,  ///< the image has other clusters now, or is gone
+  };
+
   /// `buffer` is as large as `range`. A unit with `most_fragments` ranges in one of its sets has to
   /// be written before it takes more; so bookkeeping stays small.
   Unit(const ByteRange& range, std::shared_ptr<Buffer> buffer, std::size_t most_fragments) noexcept
@@ -104,8 +115,11 @@ public:
   void begin_anew() noexcept { written_.clear(); }
 
   Turn turn = Turn::none;
+  Reason reason = Reason::flush;
   /// When it was last written to storage, clients had written all of it, and nothing since.
   bool written_whole = false;
+  /// When the write that is going on, or was last, began, clients had written all of it.
+  bool started_whole = false;
   /// It counts as unclean in the cache's books.
   bool counted = false;
   /// Storage refused it; it is not tried again but for a reason (a flush, a need for memory, time).

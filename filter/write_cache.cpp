@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <new>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -28,7 +29,10 @@ WriteCache::WriteCache(Settings settings, const Capabilities& capabilities, Rang
       preferred_(std::min<std::uint64_t>(capabilities.preferred, settings_.max_write)),
       ranges_(ranges), budget_(budget), size_(capabilities.size),
       unit_size_(unit_size_for(settings_.cluster_size.value_or(0), preferred_)),
-      wanted_unit_size_(unit_size_), has_layout_(settings_.cluster_size.has_value()) {}
+      wanted_unit_size_(unit_size_), has_layout_(settings_.cluster_size.has_value()) {
+  if (settings_.cluster_size)
+    tell_layout(Lock(mutex_));
+}
 
 WriteCache::~WriteCache() {
   budget_.add_unclean(-static_cast<std::ptrdiff_t>(unclean_bytes_));
@@ -93,17 +97,18 @@ Unit& WriteCache::add_unit(const Lock& /*lock*/, std::uint64_t begin,
 
 // ---- The state of a unit
 
-bool WriteCache::join_queue(const Lock& /*lock*/, Unit& unit) noexcept {
+bool WriteCache::join_queue(const Lock& /*lock*/, Unit& unit, Unit::Reason reason) noexcept {
   if (unit.turn != Unit::Turn::none || unit.dirty().empty())
     return false;
+  unit.reason = reason;
   unit.turn = Unit::Turn::queued;
   ++queued_;
   queue_.push_back(unit);
   return true;
 }
 
-void WriteCache::enqueue(const Lock& lock, Unit& unit) {
-  if (join_queue(lock, unit) && settings_.wake_writer)
+void WriteCache::enqueue(const Lock& lock, Unit& unit, Unit::Reason reason) {
+  if (join_queue(lock, unit, reason) && settings_.wake_writer)
     settings_.wake_writer(queued_);
 }
 
@@ -177,7 +182,7 @@ void WriteCache::shrink(const Lock& lock) {
     drop(lock, clean_.front());
   }
   for (auto it = unclean_.begin(); excess > 0 && it != unclean_.end(); ++it) {
-    enqueue(lock, *it);
+    enqueue(lock, *it, Unit::Reason::memory);
     excess -= std::min(excess, each);
   }
 }
@@ -190,7 +195,7 @@ void WriteCache::queue_left_behind(const Lock& lock, Unit::Clock::time_point now
     if (!others_followed && !idle)
       return; // those behind it were used later
     if (idle || !unit.was_refused)
-      enqueue(lock, unit);
+      enqueue(lock, unit, others_followed ? Unit::Reason::cluster_end : Unit::Reason::expiry);
   }
 }
 
@@ -200,8 +205,9 @@ void WriteCache::tick() {
   queue_left_behind(lock, Unit::Clock::now());
   if (has_layout_ && !stopped_ && !caching(lock)) {
     for (Unit& unit : unclean_)
-      enqueue(lock, unit);
+      enqueue(lock, unit, Unit::Reason::memory);
   }
+  tell_layout(lock);
 }
 
 bool WriteCache::writing() const {
@@ -229,7 +235,7 @@ void WriteCache::queue_oldest() {
   const Lock lock(mutex_);
   for (Unit& unit : unclean_) {
     if (unit.turn == Unit::Turn::none && !unit.was_refused) {
-      enqueue(lock, unit);
+      enqueue(lock, unit, Unit::Reason::memory);
       return;
     }
   }
@@ -272,7 +278,7 @@ void WriteCache::relayout(const Lock& lock) {
   if (units_.empty())
     unit_size_ = wanted_unit_size_;
   for (Unit& unit : unclean_)
-    enqueue(lock, unit);
+    enqueue(lock, unit, Unit::Reason::new_layout);
 }
 
 void WriteCache::header_changed(const Lock& lock, const ByteRange& range) {
@@ -281,6 +287,7 @@ void WriteCache::header_changed(const Lock& lock, const ByteRange& range) {
   if (!header_.complete(size_))
     layout_was_read_ = false;
   relayout(lock);
+  tell_layout(lock);
 }
 
 void WriteCache::learn_layout(Storage& storage) {
@@ -291,8 +298,10 @@ void WriteCache::learn_layout(Storage& storage) {
   {
     const Lock lock(mutex_);
     const bool in_vain = stopped_ || !budget_.allows_two(unit_size_, bookkeeping());
-    if (in_vain || header_.complete(size_))
+    if (in_vain || header_.complete(size_)) {
+      tell_layout(lock);
       return;
+    }
     layout_was_read_ = true;
   }
   try {
@@ -308,6 +317,7 @@ void WriteCache::learn_layout(Storage& storage) {
     copy_cached(lock, block.begin, current, gaps);
     header_.learn(block.begin, current);
     relayout(lock);
+    tell_layout(lock);
     keep_header(lock, data);
   } catch (const std::system_error&) {
     // Storage has said why. No layout is known, so nothing is cached until the header is written.
@@ -399,8 +409,10 @@ void WriteCache::forget_all() {
 // ---- Writing
 
 Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
-                            std::span<const std::byte> data) {
+                            std::span<const std::byte> data, const ByteRange* request) {
   Lock lock(mutex_);
+  if (request != nullptr)
+    count_write(lock, *request);
   if (!caching(lock))
     return Absorbed::off;
 
@@ -417,7 +429,7 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
         return Absorbed::no_memory;
       add_unit(lock, begin, std::move(buffer));
     } else if (found->second.fragmented()) {
-      enqueue(lock, found->second);
+      enqueue(lock, found->second, Unit::Reason::many_pieces);
       return Absorbed::unit_busy;
     } else if (found->second.pinned()) {
       std::shared_ptr<Unit::Buffer> second = take_buffer(lock);
@@ -441,7 +453,8 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
     unit.hook.unlink();
     unclean_.push_back(unit);
     count_unclean(lock, unit, true);
-    if (unit.full(size_) && !unit.was_refused && join_queue(lock, unit)) {
+    if (unit.full(size_) && !unit.was_refused &&
+        join_queue(lock, unit, Unit::Reason::cluster_end)) {
       completed = true;
       ++units_completed_;
     }
@@ -453,14 +466,24 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
   lock.unlock(); // a writer that is called would only run into it
   if (completed && settings_.wake_writer)
     settings_.wake_writer(queued);
+  tell(settings_.events.trace, [&] { return "absorbed " + to_string(range); });
   return Absorbed::held;
 }
 
 void WriteCache::write(Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
                        bool fua) {
+  const ByteRange request{offset, offset + data.size()};
+  take(storage, offset, data, fua, &request);
+}
+
+/// The whole of `write`; `request`, if any, is a client's, to be counted.
+void WriteCache::take(Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
+                      bool fua, const ByteRange* request) {
   if (!layout_was_read_)
     learn_layout(storage);
   if (fua) {
+    if (request != nullptr)
+      count_write(Lock(mutex_), *request);
     write_through(storage, offset, data, true);
     return;
   }
@@ -470,7 +493,7 @@ void WriteCache::write(Storage& storage, std::uint64_t offset, std::span<const s
     const std::uint64_t border = align_down(rest.begin, size) + size;
     const ByteRange piece{rest.begin, std::min(rest.end, border)};
     const std::span<const std::byte> piece_data = data.subspan(piece.begin - offset, piece.size());
-    switch (absorb(storage, piece.begin, piece_data)) {
+    switch (absorb(storage, piece.begin, piece_data, std::exchange(request, nullptr))) {
     case Absorbed::held:
       rest.begin = piece.end;
       break;
@@ -509,6 +532,8 @@ void WriteCache::write_through(Storage& storage, std::uint64_t offset,
   const ByteRange range{offset, offset + data.size()};
   const std::uint64_t alignment = caching() ? capabilities.write_alignment() : capabilities.minimum;
   const ByteRange blocks = align_outward(range, alignment).intersection({0, capabilities.size});
+  settings_.counters->add(Count::writes_through);
+  tell(settings_.events.trace, [&] { return "writing through " + to_string(range); });
   if (blocks != range)
     learn_zeros(storage, blocks);
 
@@ -572,6 +597,7 @@ void WriteCache::write_piece_through(Storage& storage, std::uint64_t offset,
         align_outward(gaps.hull(), storage.capabilities().write_alignment()).intersection(blocks);
     std::vector<std::byte> read(hull.size());
     storage.read(hull.begin, read);
+    count_fill_up(hull);
     for (const ByteRange& gap : gaps)
       std::ranges::copy(std::span(read).subspan(gap.begin - hull.begin, gap.size()),
                         whole.begin() + static_cast<std::ptrdiff_t>(gap.begin - blocks.begin));
@@ -588,12 +614,11 @@ bool WriteCache::make_room(Storage& storage) {
     needed = unit_size_ + bookkeeping();
     greedy = beyond_share(lock);
   }
-  if (greedy)
-    return write_oldest(storage);
   const std::uint64_t seen = budget_.changes();
-  if (budget_.reclaim(needed))
+  if (!greedy && budget_.reclaim(needed))
     return true;
-  if (!settings_.wake_writer)
+  const Counters::Stopwatch waiting(*settings_.counters, Count::memory_wait);
+  if (greedy || !settings_.wake_writer)
     return write_oldest(storage);
   if (!budget_.press(*this))
     return false;
@@ -614,6 +639,8 @@ bool WriteCache::write_oldest(Storage& storage) {
     others_write = others_write || unit.turn == Unit::Turn::claimed;
     if (unit.turn != Unit::Turn::claimed && !unit.was_refused &&
         within_reach(lock, unit, storage)) {
+      if (unit.turn == Unit::Turn::none)
+        unit.reason = Unit::Reason::memory;
       const Job job = claim(lock, unit, storage);
       lock.unlock();
       try {
@@ -644,6 +671,8 @@ bool WriteCache::write_busy_units(Storage& storage, const ByteRange& range) {
   }
   if (!within_reach(lock, *busy, storage))
     return false;
+  if (busy->turn == Unit::Turn::none)
+    busy->reason = Unit::Reason::many_pieces;
   const Job job = claim(lock, *busy, storage);
   lock.unlock();
   try {
@@ -676,6 +705,8 @@ void WriteCache::read(Storage& storage, std::uint64_t offset, std::span<std::byt
   {
     const Lock lock(mutex_);
     copy_cached(lock, offset, data, gaps);
+    settings_.counters->add_guarded(Count::client_reads);
+    settings_.counters->add_guarded(Count::client_read_bytes, data.size());
   }
   const Capabilities& capabilities = storage.capabilities();
   std::vector<std::byte> bounce;
@@ -747,6 +778,7 @@ Storage::Extents WriteCache::extents(Storage& storage, const ByteRange& range, b
 
 void WriteCache::zero(Storage& storage, const ByteRange& range,
                       const Storage::ZeroOptions& options) {
+  settings_.counters->add(Count::client_zeros);
   const ByteRange blocks = align_inward(range, storage.capabilities().minimum);
   if (options.fast && (blocks != range || storage.pieces(blocks) != 1))
     throw std::system_error(ENOTSUP, std::generic_category(), "fast zero");
@@ -774,11 +806,12 @@ void WriteCache::zero(Storage& storage, const ByteRange& range,
   const ByteRange tail{blocks.empty() ? range.end : blocks.end, range.end};
   for (const ByteRange& ragged : {head, tail}) {
     if (!ragged.empty())
-      write(storage, ragged.begin, std::vector<std::byte>(ragged.size()), options.fua);
+      take(storage, ragged.begin, std::vector<std::byte>(ragged.size()), options.fua, nullptr);
   }
 }
 
 void WriteCache::trim(Storage& storage, const ByteRange& range, bool fua) {
+  settings_.counters->add(Count::client_trims);
   const ByteRange blocks = align_inward(range, storage.capabilities().minimum);
   if (blocks.empty())
     return;
@@ -852,13 +885,14 @@ Unsaved WriteCache::unsaved() const {
 }
 
 void WriteCache::flush(Storage& storage) {
-  if (const std::error_code error = write_owed(storage))
+  settings_.counters->add(Count::client_flushes);
+  if (const std::error_code error = write_owed(storage, Unit::Reason::flush))
     throw std::system_error(error, "not everything could be stored");
   storage.flush();
 }
 
 Unsaved WriteCache::drain(Storage& storage) {
-  const std::error_code error = write_owed(storage);
+  const std::error_code error = write_owed(storage, Unit::Reason::disconnect);
   Unsaved left = unsaved();
   left.error = error;
   return left;
@@ -874,7 +908,8 @@ Unsaved WriteCache::drain_and_stop(Storage& storage) {
 
 void WriteCache::set_cluster_end(std::uint64_t offset) {
   const Lock lock(mutex_);
-  for_each_unit(lock, {offset, offset + 1}, [&](Unit& unit) { enqueue(lock, unit); });
+  for_each_unit(lock, {offset, offset + 1},
+                [&](Unit& unit) { enqueue(lock, unit, Unit::Reason::cluster_end); });
 }
 
 } // namespace qcowcache

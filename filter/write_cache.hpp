@@ -1,9 +1,11 @@
 #pragma once
 
 #include "byte_ranges.hpp"
+#include "events.hpp"
 #include "header_watch.hpp"
 #include "memory_budget.hpp"
 #include "range_lock.hpp"
+#include "statistics.hpp"
 #include "storage.hpp"
 #include "unit.hpp"
 #include "zero_map.hpp"
@@ -16,8 +18,10 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <span>
@@ -74,6 +78,9 @@ public:
     /// Called after storage was changed in a range, by the thread that still owns it, with no mutex
     /// held; other caches over the same storage must then `forget` it.
     std::function<void(const ByteRange&)> changed_storage;
+    /// This cache's own; requests to storage are counted by `Storage`.
+    std::shared_ptr<Counters> counters = std::make_shared<Counters>();
+    Events events;
   };
 
   /// Units that are at least this large are worth a write on any storage.
@@ -112,8 +119,10 @@ public:
 
   /// Copies a write into its units, all of it or nothing. Never calls storage, never waits.
   /// A unit that becomes full is queued. `writer` is remembered as the one who wrote to the units.
+  /// `request`, if any, is a client's write that begins with this one: it is counted.
   [[nodiscard]] Absorbed absorb(const Storage& writer, std::uint64_t offset,
-                                std::span<const std::byte> data);
+                                std::span<const std::byte> data,
+                                const ByteRange* request = nullptr);
   /// Writes to storage now, and returns its answer. Owns the range meanwhile; blocks that the write
   /// covers only in part are filled up. Cached bytes in the range are replaced once storage has
   /// them.
@@ -148,6 +157,10 @@ public:
   Unsaved drain_and_stop(Storage& storage);
   /// Whether storage has everything.
   [[nodiscard]] bool clean() const;
+  /// Where it counts, for others who count the same cache's requests.
+  [[nodiscard]] const std::shared_ptr<Counters>& counters() const noexcept {
+    return settings_.counters;
+  }
   /// What is in memory only, now.
   [[nodiscard]] Unsaved unsaved() const;
 
@@ -205,8 +218,8 @@ private:
   [[nodiscard]] std::size_t bookkeeping() const noexcept;
   [[nodiscard]] std::shared_ptr<Unit::Buffer> take_buffer(const Lock&);
   Unit& add_unit(const Lock&, std::uint64_t begin, std::shared_ptr<Unit::Buffer>&& buffer);
-  bool join_queue(const Lock&, Unit& unit) noexcept;
-  void enqueue(const Lock& lock, Unit& unit);
+  bool join_queue(const Lock&, Unit& unit, Unit::Reason reason) noexcept;
+  void enqueue(const Lock& lock, Unit& unit, Unit::Reason reason);
   void settle(const Lock& lock, Unit& unit);
   void count_unclean(const Lock&, Unit& unit, bool unclean) noexcept;
   [[nodiscard]] bool beyond_share(const Lock&) const;
@@ -232,6 +245,8 @@ private:
   void copy_cached(const Lock& lock, std::uint64_t offset, std::span<std::byte> data,
                    ByteRanges& gaps);
 
+  void take(Storage& storage, std::uint64_t offset, std::span<const std::byte> data, bool fua,
+            const ByteRange* request);
   void learn_zeros(Storage& storage, const ByteRange& range);
   void write_piece_through(Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
                            const ByteRange& blocks, bool fua);
@@ -240,7 +255,14 @@ private:
   void refuse(const Lock&, Unit& unit) noexcept;
   void leave_queue(const Lock&, Unit& unit, Unit::Turn turn) noexcept;
   bool write_busy_units(Storage& storage, const ByteRange& range);
-  std::error_code write_owed(Storage& storage);
+  std::error_code write_owed(Storage& storage, Unit::Reason reason);
+
+  void count_write(const Lock&, const ByteRange& request) noexcept;
+  void count_fill_up(const ByteRange& range);
+  void count_written(const Lock&, const Unit& unit) noexcept;
+  void tell_layout(const Lock& lock);
+  void tell_refusal(const ByteRange& range, const std::exception& refusal);
+  void tell_written(const Lock&, Unit::Reason reason);
 
   const Settings settings_;
   const std::uint64_t preferred_;
@@ -273,6 +295,16 @@ private:
   /// Grows with each write; tells which bytes a flush has to wait for.
   std::uint64_t moment_ = 0;
   std::uint64_t units_completed_ = 0;
+  /// What listeners to decisions were last told.
+  struct Told {
+    bool has_layout = false;
+    bool caching = false;
+    std::uint64_t unit_size = 0;
+    bool operator==(const Told&) const = default;
+  };
+  std::optional<Told> told_;
+  Totals told_written_;
+  bool told_refusal_ = false;
 };
 
 } // namespace qcowcache

@@ -6,7 +6,9 @@
 #include <boost/container/flat_set.hpp>
 
 #include <algorithm>
+#include <exception>
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace qcowcache {
@@ -129,12 +131,12 @@ bool WriteCache::write_next(Storage& storage) {
   return true;
 }
 
-std::error_code WriteCache::write_owed(Storage& storage) {
+std::error_code WriteCache::write_owed(Storage& storage, Unit::Reason reason) {
   Lock lock(mutex_);
   const std::uint64_t moment = moment_; // what is acknowledged later delays nobody
   for (Unit& unit : unclean_) {
     if (unit.owes(moment) && !unit.was_refused)
-      enqueue(lock, unit);
+      enqueue(lock, unit, reason);
   }
   // Whatever others refuse or leave is tried here, in the thread that has to report the error: each
   // unit once.
@@ -158,6 +160,8 @@ std::error_code WriteCache::write_owed(Storage& storage) {
       tried.insert(ready->range().begin);
       error = error ? error : std::error_code(EIO, std::generic_category());
     } else if (ready != nullptr) {
+      if (ready->turn == Unit::Turn::none)
+        ready->reason = reason;
       const Job job = claim(lock, *ready, storage);
       // Once written out, a unit may be gone.
       const ByteRange claimed{job.front()->range().begin, job.back()->range().end};
@@ -175,6 +179,7 @@ std::error_code WriteCache::write_owed(Storage& storage) {
     } else if (others_write) {
       progress_.wait(lock);
     } else {
+      tell_written(lock, reason);
       return error;
     }
   }
@@ -195,9 +200,10 @@ void WriteCache::write_out(Storage& storage, const Job& job) {
     fill_up(storage, segment);
   try {
     write_segments(storage, segments);
-  } catch (...) {
+  } catch (const std::exception& refusal) {
     for (const Segment& segment : segments)
       failed_on_storage(segment.range);
+    tell_refusal(whole, refusal);
     throw;
   }
   {
@@ -225,6 +231,9 @@ WriteCache::Segments WriteCache::start(Storage& storage, const Job& job) {
   for (Unit* unit : job) {
     const ByteRange within = unit->range().intersection({0, capabilities.size});
     unit->written_whole = unit->full(size_);
+    unit->started_whole = unit->written_whole;
+    if (unit->was_refused)
+      settings_.counters->add_guarded(Count::retries);
     if (unit->written_whole || unit->fragmented())
       unit->begin_anew();
     unit->start_writing(within);
@@ -254,6 +263,7 @@ void WriteCache::fill_up(Storage& storage, Segment& segment) {
     return;
   std::vector<std::byte> data(segment.hole.size());
   storage.read(segment.hole.begin, data);
+  count_fill_up(segment.hole);
   const Lock lock(mutex_);
   segment.unit->learn(segment.hole.begin, data, segment.snapshot.get());
 }
@@ -268,6 +278,10 @@ void WriteCache::write_segments(Storage& storage, const Segments& segments) cons
       size += behind->range.size();
       ++behind;
     }
+    tell(settings_.events.trace, [&] {
+      return "writing " + to_string({first->range.begin, (behind - 1)->range.end}) + " of " +
+             std::to_string(behind - first) + (behind == first + 1 ? " unit" : " units");
+    });
     if (behind == first + 1) {
       storage.write(first->range.begin, first->bytes(), false);
     } else {
@@ -276,6 +290,7 @@ void WriteCache::write_segments(Storage& storage, const Segments& segments) cons
       for (auto segment = first; segment != behind; ++segment)
         merged.insert(merged.end(), segment->bytes().begin(), segment->bytes().end());
       storage.write(first->range.begin, merged, false);
+      settings_.counters->add(Count::merged_writes);
     }
     first = behind;
   }
@@ -285,15 +300,17 @@ void WriteCache::finish(const Job& job, bool stored) noexcept {
   const Lock lock(mutex_);
   for (Unit* unit : job) {
     leave_queue(lock, *unit, Unit::Turn::none);
-    if (stored)
+    if (stored) {
+      count_written(lock, *unit);
       unit->stored();
-    else
+    } else {
       refuse(lock, *unit);
+    }
     const bool wanted = unit->full(size_) || !has_layout_ || wanted_unit_size_ != unit_size_;
     if (unit->clean())
       settle(lock, *unit);
     else if (stored && wanted)
-      enqueue(lock, *unit); // a client has written to it meanwhile
+      enqueue(lock, *unit, Unit::Reason::new_layout); // a client has written to it meanwhile
   }
   progress_.notify_all();
   budget_.note_change();

@@ -22,10 +22,14 @@
 
 using qcowcache::ByteRange;
 using qcowcache::Capabilities;
+using qcowcache::Count;
 using qcowcache::Export;
 using qcowcache::Exports;
 using qcowcache::Handle;
 using qcowcache::MemoryBudget;
+using qcowcache::Snapshot;
+using qcowcache::Statistics;
+using qcowcache::Totals;
 using qcowcache::Unsaved;
 using qcowcache::WriteCache;
 
@@ -51,6 +55,15 @@ public:
   [[nodiscard]] MemoryBudget& budget() { return budget_; }
   /// "name 100 bytes: 0-100" for each loss that was reported; they are then forgotten.
   std::string losses() { return std::exchange(losses_, {}); }
+  /// What was counted for an export.
+  [[nodiscard]] Totals totals(const std::string& name) const {
+    Totals found;
+    for (const Snapshot::Export& of : statistics_.snapshot().exports) {
+      if (of.name == name)
+        found = of.totals;
+    }
+    return found;
+  }
 
 private:
   Export::Settings settings() {
@@ -60,9 +73,11 @@ private:
       losses_ += name + " " + std::to_string(lost.bytes) +
                  " bytes: " + as_text::ranges(lost.ranges) + "\n";
     };
+    settings.statistics = &statistics_;
     return settings;
   }
 
+  Statistics statistics_;
   MemoryBudget budget_{std::size_t{16} * 1024 * 1024};
   std::string losses_;
   Exports exports_{settings(), budget_};
@@ -403,6 +418,30 @@ TEST_CASE("what is left at the end of the server is reported, export by export",
   REQUIRE(stored.flush() == 0);
   server.exports().report_left();
   CHECK(server.losses() == "a 5 bytes: 100-105\nb 2 bytes: 100-102\n");
+}
+
+TEST_CASE("what connections ask for, do and lose is counted for their export", "[export]") {
+  Server server;
+  const Capabilities capabilities = GENERATE(shared(), unshared());
+  for (int i = 0; i < 3; ++i) {
+    Client client(server, "a", capabilities, new_disk());
+    client.write(100, "hello");
+    CHECK(client.flush() == 0);
+  }
+  {
+    Client client(server, "a", capabilities, new_disk());
+    client.storage_refuses_writes();
+    client.write(100, "gone");
+    CHECK(client.flush() == ENOSPC);
+  }
+  server.exports().report_left();
+  const Totals totals = server.totals("a");
+  CHECK(totals[Count::client_writes] == 4);
+  CHECK(totals[Count::client_flushes] == 4);
+  CHECK(totals[Count::storage_writes] == 3);
+  CHECK(totals[Count::refused_writes] == 1);
+  CHECK(totals[Count::lost_bytes] == 4);
+  CHECK(server.totals("b")[Count::client_writes] == 0);
 }
 
 TEST_CASE("a shared cache is as large as its largest connection", "[export]") {

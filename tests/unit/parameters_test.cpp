@@ -235,6 +235,40 @@ TEST_CASE("a line stays one line, whatever the value", "[parameters]") {
   }
 }
 
+TEST_CASE("qcowcache-stats takes the absolute path of a file that can be written", "[parameters]") {
+  Parameters parameters;
+  CHECK(parameters.stats_file().empty());
+  const std::string file = (std::filesystem::temp_directory_path() / "qcowcache.json").string();
+  CHECK(parameters.set("qcowcache-stats", file));
+  CHECK(parameters.stats_file() == file);
+  for (const char* wrong : {"", "s.json", "./s.json", "/no/such/directory/s.json", "/dev/null"}) {
+    const std::string line = complaint("qcowcache-stats", wrong);
+    INFO(line);
+    CHECK(has(line, "qcowcache-stats=" + std::string(wrong) + ": must be "));
+    CHECK_FALSE(has(line, "\n"));
+  }
+}
+
+TEST_CASE("qcowcache-stats-interval takes seconds up to a day, and needs a file", "[parameters]") {
+  Parameters parameters;
+  CHECK_FALSE(parameters.stats_interval());
+  CHECK(parameters.set("qcowcache-stats-interval", "86400"));
+  CHECK(parameters.stats_interval() == std::chrono::seconds(86400));
+  CHECK_THROWS_AS(parameters.check(), ParameterError);
+  CHECK(parameters.set("qcowcache-stats-interval", "0"));
+  CHECK_FALSE(parameters.stats_interval());
+  CHECK_NOTHROW(parameters.check());
+  CHECK(parameters.set("qcowcache-stats-interval", "10"));
+  CHECK(parameters.set("qcowcache-stats", "/tmp/qcowcache.json"));
+  CHECK_NOTHROW(parameters.check());
+  for (const char* wrong : {"", "-1", "junk", "86401", "1.5", "10s"}) {
+    const std::string line = complaint("qcowcache-stats-interval", wrong);
+    INFO(line);
+    CHECK(has(line, "qcowcache-stats-interval=" + std::string(wrong) + ": must be "));
+    CHECK(has(line, "0 to 86400"));
+  }
+}
+
 TEST_CASE("one line names a wrong number, its parameter and what is allowed", "[parameters]") {
   struct Wrong {
     std::string_view key;
@@ -294,8 +328,8 @@ TEST_CASE("one line names a parameter that there is not, its value, and those th
     INFO(line);
     CHECK(has(line, std::string(key) + "=12M"));
     CHECK(has(line, "allowed"));
-    for (const char* there :
-         {"size", "size-file", "cluster-size", "writers", "max-write", "expire"})
+    for (const char* there : {"size", "size-file", "cluster-size", "writers", "max-write", "expire",
+                              "stats", "stats-interval"})
       CHECK(has(line, there));
     CHECK_FALSE(has(line, "\n"));
   }
@@ -317,7 +351,7 @@ TEST_CASE("the help names each parameter with its default", "[parameters]") {
   CHECK(has(help, "64M"));
   CHECK(has(help, "qcowcache-cluster-size="));
   CHECK(has(help, "auto"));
-  for (const char* key : {"size-file", "writers", "max-write", "expire"})
+  for (const char* key : {"size-file", "writers", "max-write", "expire", "stats", "stats-interval"})
     CHECK(has(help, "qcowcache-" + std::string(key) + "="));
   CHECK(complaint("qcowcache-size", "64M").empty());
   CHECK(complaint("qcowcache-cluster-size", "auto").empty());
