@@ -84,16 +84,30 @@ fi
 if has_parameter qcowcache-readback; then
     for value in junk 2 ""; do refused qcowcache-readback "$value"; done
 fi
-if has_parameter qcowcache-stats-interval; then
-    for value in junk -1 ""; do refused qcowcache-stats-interval "$value"; done
-fi
+
+# Where statistics are to be reported.
+mkdir "$work/directory"
+refused qcowcache-stats "" "absolute path"
+refused qcowcache-stats stats.json "absolute path"
+refused qcowcache-stats ./stats.json "absolute path"
+refused qcowcache-stats "$work/directory/" "absolute path"
+refused qcowcache-stats "$work/no-such/stats.json" "in a directory that can be written to" "No such file"
+refused qcowcache-stats "$work/disk/stats.json" "in a directory that can be written to" "Not a directory"
+refused qcowcache-stats "$work/directory" "regular file"
+refused qcowcache-stats /dev/null "regular file"
+for value in junk -1 86401 1.5 99999999999999999999 10s ""; do
+    refused qcowcache-stats-interval "$value" "from 0 to 86400"
+done
+refused qcowcache-stats-interval 10 qcowcache-stats
+[ -z "$(ls "$work/directory")" ] || fail "made a file although nothing was served"
 
 # What is allowed is accepted, in the ways that nbdkit writes sizes.
 for good in qcowcache-size=0 qcowcache-size=1 qcowcache-size=1G qcowcache-size=65536k \
     qcowcache-cluster-size=auto qcowcache-cluster-size=512 qcowcache-cluster-size=1M \
     qcowcache-cluster-size=2097152 qcowcache-size=9223372036854775807 qcowcache-size=7E \
     qcowcache-writers=0 qcowcache-writers=64 qcowcache-max-write=65536 qcowcache-max-write=32M \
-    qcowcache-expire=0 qcowcache-expire=86400; do
+    qcowcache-expire=0 qcowcache-expire=86400 \
+    "qcowcache-stats=$work/stats.json" qcowcache-stats-interval=0; do
     start_nbdkit good --filter="$FILTER" file "$work/disk" "$good"
     nbdinfo --size "$(uri good)" >/dev/null
     stop_nbdkit good

@@ -1,0 +1,328 @@
+#!/usr/bin/env bash
+# qcowcache-stats: its numbers are those that nbdkit's log filter counts above
+# the filter and nbdkit's stats filter below it, in each of the three forms, and
+# what an operator has to know (memory, refusals, losses) is among them.
+
+# shellcheck source-path=SCRIPTDIR source=functions.sh
+source "$(dirname "$0")/functions.sh"
+set -e
+
+"$PYTHON" -c 'import prometheus_client' 2>/dev/null ||
+    fail "prometheus_client is missing for $PYTHON: ./bootstrap installs it"
+
+: "${SIZE:=24M}"
+make_tar_image "$work/source" "$SIZE"
+report=$work/reports/disk
+mkdir "$work/reports"
+
+# What the reports have to be like, for the programs below.
+cat >"$work/reports.py" <<'END'
+import json, re
+from prometheus_client.parser import text_string_to_metric_families
+
+CAUSES = {"flush", "disconnect", "expiry", "memory", "cluster_end", "many_pieces", "new_layout"}
+COUNTS = {
+    "client_writes", "client_odd_writes", "client_written_bytes", "client_reads",
+    "client_read_bytes", "client_flushes", "client_zeros", "client_trims", "storage_writes",
+    "storage_written_bytes", "merged_writes", "whole_units", "writes_through", "storage_reads",
+    "storage_read_bytes", "fill_up_reads", "fill_up_read_bytes", "storage_flushes",
+    "storage_zeros", "storage_trims", "memory_wait_seconds", "refused_writes", "retries",
+    "lost_bytes",
+}
+DERIVED = {"average_client_write_bytes", "average_storage_write_bytes", "write_amplification"}
+SERVER = {"elapsed_seconds", "memory_limit_bytes", "memory_used_bytes", "memory_peak_bytes"}
+
+
+def from_json(path):
+    with open(path) as file:
+        report = json.load(file)
+    assert report.keys() == SERVER | {"version", "exports", "others", "total"}, report.keys()
+    assert report["version"] == 1
+    for export in report["exports"] + [report["total"]]:
+        assert export.keys() == COUNTS | DERIVED | {"name", "partial_units"}, export.keys()
+        assert export["partial_units"].keys() == CAUSES
+    return report
+
+
+def from_prometheus(path, server):
+    """The counts, by export."""
+    with open(path) as file:
+        families = list(text_string_to_metric_families(file.read()))
+    types = {}
+    exports = {}
+    for family in families:
+        assert family.documentation, f"{family.name} has no HELP"
+        name = family.name.removeprefix("qcowcache_")
+        types[name] = family.type
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            assert labels.pop("server") == server, sample
+            if family.type == "counter":
+                assert sample.name == family.name + "_total", sample
+                counts = exports.setdefault(labels.pop("export"), {"partial_units": {}})
+                key = name
+                if name == "partial_units":
+                    counts, key = counts[name], labels.pop("cause")
+                assert key not in counts, f"{sample} twice"
+                counts[key] = sample.value
+            assert not labels, sample
+    assert {name for name, kind in types.items() if kind == "gauge"} == SERVER, types
+    assert {name for name, kind in types.items() if kind == "counter"} == COUNTS | {"partial_units"}, types
+    for counts in exports.values():
+        assert counts["partial_units"].keys() == CAUSES
+    return exports
+
+
+def below(path):
+    """What nbdkit's stats filter says: operations, bytes, and how exactly it says those."""
+    units = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+    found = {}
+    with open(path) as file:
+        for line in file:
+            match = re.match(r"(\w+): (\d+) ops, [\d.]+ s, ([\d.]+) (bytes|[KMG]iB)", line)
+            if match:
+                unit = units[match[4]]
+                found[match[1]] = int(match[2]), float(match[3]) * unit, 0.006 * unit
+    return found
+
+
+def agree(counts, above, stats):
+    """An export's counts, those of the log above, and what `below` found."""
+    for name, value in above.items():
+        assert counts[name] == int(value), f"{name}: {counts[name]}, but above {value}"
+    for request in ("write", "read", "zero", "trim", "flush"):
+        operations, size, exactness = stats.get(request, (0, 0, 0))
+        name = "storage_flushes" if request == "flush" else f"storage_{request}s"
+        assert counts[name] == operations, f"{name}: {counts[name]}, but below {operations}"
+        if request in ("write", "read"):
+            name = "storage_written_bytes" if request == "write" else "storage_read_bytes"
+            assert abs(counts[name] - size) <= exactness, f"{name}: {counts[name]}, but below {size}"
+    assert counts["fill_up_reads"] <= counts["storage_reads"]
+    assert counts["merged_writes"] <= counts["storage_writes"]
+END
+export PYTHONPATH=$work PYTHONDONTWRITEBYTECODE=1
+
+# start NAME FORM ARGUMENT...: with log above, stats below, and a report of this form
+start ()
+{
+    local name=$1 form=$2
+    shift 2
+    rm -f "$report".*
+    start_nbdkit "$name" --filter=log --filter="$FILTER" --filter=stats "$@" \
+        logfile="$work/above.log" statsfile="$work/below.stats" qcowcache-stats="$report.$form"
+}
+
+# agrees FORM: the report, the log above and the stats below say the same of the
+# only export
+agrees ()
+{
+    local log=$work/above.log
+    python "$report.$1" "$work/below.stats" \
+        client_writes="$(count_log "$log" writes)" \
+        client_odd_writes="$(count_log "$log" odd)" \
+        client_written_bytes="$(count_log "$log" bytes)" \
+        client_reads="$(count_log "$log" reads)" \
+        client_read_bytes="$(count_log "$log" read-bytes)" \
+        client_zeros="$(count_log "$log" zeros)" \
+        client_trims="$(count_log "$log" trims)" \
+        client_flushes="$(count_log "$log" flushes)" <<'END'
+import sys
+from reports import agree, below, from_json, from_prometheus
+path, stats, *above = sys.argv[1:]
+if path.endswith(".json"):
+    report = from_json(path)
+    assert len(report["exports"]) == 1, report["exports"]
+    counts = report["exports"][0]
+    assert counts["name"] == ""
+    for name in counts.keys() - {"name"}:
+        assert report["total"][name] == counts[name], name
+    assert 0 < report["memory_peak_bytes"] <= report["memory_limit_bytes"], report
+    amplification = counts["storage_written_bytes"] / counts["client_written_bytes"]
+    assert abs(counts["write_amplification"] - amplification) < 1e-5, counts
+    average = counts["storage_written_bytes"] / counts["storage_writes"]
+    assert abs(counts["average_storage_write_bytes"] - average) < 1e-5, counts
+else:
+    exports = from_prometheus(path, "disk")
+    assert exports.keys() == {""}, exports.keys()
+    counts = exports[""]
+agree(counts, dict(word.split("=") for word in above), below(stats))
+assert counts["whole_units"] > 0 and counts["client_odd_writes"] > 0, counts
+assert counts["partial_units"]["flush"] > 0, counts
+assert counts["lost_bytes"] == counts["refused_writes"] == counts["retries"] == 0, counts
+print(f"{int(counts['client_writes'])} writes became {int(counts['storage_writes'])}: all agree")
+END
+}
+
+echo "conversions"
+fresh_file "$work/target" 64M
+start server json file "$work/target"
+convert "$work/source" "$(uri server)" 64k zstd
+stop_nbdkit server
+agrees json
+fresh_file "$work/target" 64M
+start server prom file "$work/target"
+convert "$work/source" "$(uri server)" 4k zlib -W -m 16
+stop_nbdkit server
+agrees prom
+[ "$(ls "$work/reports")" = disk.prom ] || fail "left beside the report: $(ls "$work/reports")"
+
+echo "requests of every kind, to storage that knows nothing of zeros, in little memory"
+head -c 16777216 "$work/source" >"$work/target"
+write_header "$work/target" 16
+start server json --filter=noextents file "$work/target" qcowcache-size=512K
+mixed_requests server
+stop_nbdkit server
+agrees json
+python "$report.json" <<'END'
+import sys
+from reports import from_json
+report = from_json(sys.argv[1])
+total = report["total"]
+assert total["fill_up_reads"] > 0 and total["fill_up_read_bytes"] > 0, total
+assert total["writes_through"] > 0, total
+assert report["memory_limit_bytes"] == 512 << 10, report
+END
+
+echo "memory that runs out"
+fresh_file "$work/target" 64M
+write_header "$work/target" 16
+start server json file "$work/target" qcowcache-size=512K
+python "$work/server.sock" <<'END'
+import nbd, sys
+client = nbd.NBD()
+client.connect_unix(sys.argv[1])
+for unit in range(1, 500):
+    client.pwrite(b"part", unit * 65536)
+client.shutdown()
+END
+stop_nbdkit server
+python "$report.json" <<'END'
+import sys
+from reports import from_json
+report = from_json(sys.argv[1])
+total = report["total"]
+assert total["memory_wait_seconds"] > 0, total
+assert total["partial_units"]["memory"] > 400, total
+assert sum(total["partial_units"].values()) == 499, total
+assert 128 << 10 < report["memory_peak_bytes"] <= 512 << 10, report
+END
+
+echo "storage that refuses, is tried again, and refuses to the end"
+fresh_file "$work/target" 16M
+write_header "$work/target" 16
+start server json --filter=error file "$work/target" qcowcache-expire=0 \
+    error-pwrite=ENOSPC error-pwrite-rate=100% error-pwrite-file="$work/full"
+python "$work/server.sock" "$work/full" <<'END'
+import nbd, os, sys
+def refused(client):
+    try:
+        client.flush()
+    except nbd.Error:
+        return
+    raise SystemExit("storage should have refused")
+client = nbd.NBD()
+client.connect_unix(sys.argv[1])
+open(sys.argv[2], "w").close()
+client.pwrite(b"part" * 250, (1 << 20) + 17)
+refused(client)
+refused(client)
+os.unlink(sys.argv[2])
+client.flush()
+open(sys.argv[2], "w").close()
+client.pwrite(b"gone" * 300, (2 << 20) + 17)
+client.pwrite(b"gone" * 300, (3 << 20) + 17)
+client.shutdown()
+END
+stop_nbdkit server
+rm "$work/full"
+python "$report.json" "$work/below.stats" <<'END'
+import sys
+from reports import below, from_json
+total = from_json(sys.argv[1])["total"]
+assert total["lost_bytes"] == 2400, total
+assert total["refused_writes"] >= 4, total
+assert total["retries"] >= 2, total
+assert total["partial_units"]["flush"] == 1, total
+assert sum(total["partial_units"].values()) == total["storage_writes"] == 1, total
+assert below(sys.argv[2])["write"][0] == 1
+END
+
+echo "text for people"
+fresh_file "$work/target" 16M
+write_header "$work/target" 16
+start server txt file "$work/target"
+nbdsh -u "$(uri server)" -c 'h.pwrite(b"x" * 100, 70000)' -c 'h.flush()'
+stop_nbdkit server
+cat "$report.txt"
+for line in '1  Write requests of clients' '100 bytes  Bytes in write requests of clients' \
+    '1  Units written before clients had filled them: flush' \
+    '40.960  Bytes written to storage for each byte that clients wrote' \
+    '0 bytes  Acknowledged bytes that storage never took and that are gone'; do
+    grep -q "^ *$line\$" "$report.txt" || fail "no line: $line"
+done
+
+echo "names that clients choose, some of them odd, and more than are kept apart"
+start server prom memory 1M qcowcache-cluster-size=64k
+python "$work/server.sock" <<'END'
+import nbd, sys
+def connect(name):
+    client = nbd.NBD()
+    client.connect_uri(f"nbd+unix:///{name}?socket={sys.argv[1]}")
+    client.pwrite(b"x", 0)
+    client.shutdown()
+odd = ["", "a%22b", "a%5cb", "a%0ab", "%ff%fe", "%c3%bc", "%5cother", "other"]
+for name in odd + [f"disk{number}" for number in range(1030 - len(odd))]:
+    connect(name)
+connect("disk0")
+END
+stop_nbdkit server
+python "$report.prom" <<'END'
+import sys
+from reports import from_prometheus
+exports = from_prometheus(sys.argv[1], "disk")
+assert len(exports) == 1001, len(exports)
+for name in ("", 'a"b', "a\\x5cb", "a\\x0ab", "\\xff\\xfe", "\u00fc", "\\x5cother", "other"):
+    assert exports[name]["client_writes"] == 1, name
+assert exports["disk0"]["client_writes"] == 2
+assert exports["\\other"]["client_writes"] == 30
+END
+
+echo "rewritten while nbdkit serves, without background writers, too"
+fresh_file "$work/target" 16M
+start server json file "$work/target" qcowcache-writers=0 qcowcache-stats-interval=1
+python "$work/server.sock" "$report.json" <<'END'
+import nbd, sys, time
+from reports import from_json
+deadline = time.monotonic() + 60
+def wait_for(writes):
+    while True:
+        try:
+            if from_json(sys.argv[2])["total"]["client_writes"] == writes:
+                return
+        except FileNotFoundError:
+            pass
+        assert time.monotonic() < deadline, f"{writes} writes are not reported"
+        time.sleep(0.02)
+client = nbd.NBD()
+client.connect_unix(sys.argv[1])
+wait_for(0)
+client.pwrite(b"x", 0)
+wait_for(1)
+client.pwrite(b"x", 0)
+client.shutdown()
+END
+stop_nbdkit server
+python "$report.json" <<'END'
+import sys
+from reports import from_json
+assert from_json(sys.argv[1])["total"]["client_writes"] == 2
+END
+
+echo "a directory that goes away: a message, and nothing more"
+start server json file "$work/target"
+nbdsh -u "$(uri server)" -c 'h.pwrite(b"still stored", 70000)'
+rm -r "$work/reports"
+stop_nbdkit server
+[ "$(grep -c "error: qcowcache-stats=$report.json: No such file or directory" "$work/server.err")" -eq 1 ] ||
+    fail "not said once: $(cat "$work/server.err")"
+[ "$(dd if="$work/target" bs=1 skip=70000 count=12 status=none)" = "still stored" ] || fail "not stored"
