@@ -256,6 +256,7 @@ TEST_CASE("a cache counts what storage does, and why", "[statistics]") {
   SECTION("whole units, and for each partial one the reason") {
     Counting cache;
     cache.write(unit, unit);
+    cache.cache->flush(cache.storage);
     CHECK(cache[Count::whole_units] == 1);
     cache.write(2 * unit, 100);
     cache.cache->flush(cache.storage);
@@ -286,6 +287,7 @@ TEST_CASE("a cache counts what storage does, and why", "[statistics]") {
     for (std::uint64_t i = 0; i <= WriteCache::left_behind_after; ++i)
       by_others.write((i + 2) * unit, unit);
     CHECK(by_others[Count::partial_units_cluster_end] == 1);
+    by_others.cache->flush(by_others.storage);
     CHECK(by_others[Count::whole_units] == WriteCache::left_behind_after + 1);
   }
   SECTION("for want of memory, and how long that took") {
