@@ -40,7 +40,7 @@ public:
     std::function<void(const std::string& export_name, const Unsaved& lost)> report_loss;
     /// Where caches count, which outlives the export; nullptr: each for itself.
     Statistics* statistics = nullptr;
-    Events events;
+    Events events{};
   };
 
   /// The budget outlives the export.
