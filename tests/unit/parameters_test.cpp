@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <optional>
+#include <regex>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -45,6 +46,27 @@ TEST_CASE("what is not said has its default", "[parameters]") {
   CHECK(parameters.max_write() == mebibyte);
   CHECK(parameters.expire() == std::chrono::seconds(5));
   CHECK(parameters.size_file().empty());
+}
+
+TEST_CASE("the defaults that the help names are those that apply", "[parameters]") {
+  const std::string help = Parameters::help();
+  const std::regex described("(qcowcache-[a-z-]+)=<[^>]*>[^=]*\\(default ([0-9A-Za-z]+)");
+  const Parameters untouched;
+  int found = 0;
+  for (std::sregex_iterator next(help.begin(), help.end(), described), end; next != end; ++next) {
+    const std::string key = next->str(1);
+    const std::string value = next->str(2);
+    INFO(key << '=' << value);
+    Parameters parameters;
+    CHECK(parameters.set(key, value));
+    CHECK(parameters.size() == untouched.size());
+    CHECK(parameters.cluster_size() == untouched.cluster_size());
+    CHECK(parameters.writers() == untouched.writers());
+    CHECK(parameters.max_write() == untouched.max_write());
+    CHECK(parameters.expire() == untouched.expire());
+    ++found;
+  }
+  CHECK(found >= 5);
 }
 
 TEST_CASE("a size is digits and one letter at most, as nbdkit writes it", "[parameters]") {
