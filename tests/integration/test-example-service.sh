@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# nbdkit as a service: the units are in order, what the service starts serves a
+# socket that somebody else has opened, SIGTERM loses nothing, and it works as an
+# unprivileged user.
+
+# shellcheck source-path=SCRIPTDIR source=functions.sh
+source "$(dirname "$0")/functions.sh"
+# shellcheck source-path=SCRIPTDIR source=examples.sh
+source "$(dirname "$0")/examples.sh"
+set -e
+
+units=$(cd "$(dirname "$0")/../.." && pwd)/systemd
+
+# Prints what it finds, and exits with 0 all the same.
+if command -v systemd-analyze >/dev/null; then
+    systemd-analyze verify --man=no "$units"/nbdkit-qcowcache.{socket,service} >"$work/verdict" 2>&1 || :
+    [ ! -s "$work/verdict" ] || fail "systemd-analyze verify: $(cat "$work/verdict")"
+else
+    echo "systemd-analyze is not here to verify the units"
+fi
+
+# setting UNIT NAME: its value, with the lines that it continues on
+setting ()
+{
+    sed -e ':more' -e '/\\$/{N;s/\\\n *//;b more' -e '}' "$units/nbdkit-qcowcache.$1" | sed -n "s/^$2=//p"
+}
+
+# What the man page explains.
+[ "$(setting service KillMode)" = mixed ] || fail "KillMode"
+[ "$(setting service TimeoutStopSec)" = 15min ] || fail "TimeoutStopSec"
+directory=/var/lib/$(setting service StateDirectory)
+socket=$(setting socket ListenStream)
+grep -q -F "$directory" "$manual" || fail "the man page does not name $directory"
+grep -q -F "$socket" "$manual" || fail "the man page does not name $socket"
+
+# activate USER: what systemd does. Opens the socket, waits for a client, and
+# becomes the service's command, as that user.
+mkdir "$work/images"
+places+=(-e "s|$directory|$work/images|" -e "s|$socket|$work/service.sock|")
+activate ()
+{
+    rm -f "$work/service.sock"
+    setting service ExecStart | sed "${places[@]}" >"$work/command"
+    "$PYTHON" - "$work/service.sock" "$work/command" "$1" >"$work/service.err" 2>&1 <<'END' &
+import os, pwd, select, shlex, socket, sys
+
+path, command, user = sys.argv[1:]
+with open(command) as file:
+    command = shlex.split(file.read())
+listening = socket.socket(socket.AF_UNIX)
+listening.bind(path)
+listening.listen()
+select.select([listening], [], [])
+account = pwd.getpwnam(user)
+if os.getuid() != account.pw_uid:
+    os.setgroups([])
+    os.setgid(account.pw_gid)
+    os.setuid(account.pw_uid)
+if listening.fileno() == 3:
+    os.set_inheritable(3, True)
+else:
+    os.dup2(listening.fileno(), 3)
+os.environ["LISTEN_FDS"] = "1"
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.execvp(command[0], command)
+END
+    server_pid[service]=$!
+    cleanup_fn kill_server service
+    wait_until 30 test -S "$work/service.sock" || fail "no socket"
+}
+
+# An unprivileged user, where the test may choose; else the one that it has.
+user=nobody
+[ "$(id -u)" -eq 0 ] || user=$(id -un)
+chmod 711 "$work"
+
+truncate -s 64M "$work/images/disk.qcow2"
+chown "$user" "$work/images" "$work/images/disk.qcow2"
+activate "$user"
+convert "$work/source" "nbd+unix:///disk.qcow2?socket=$work/service.sock" 64k zstd
+[ "$(stat -c %U "/proc/${server_pid[service]}")" = "$user" ] || fail "not as $user"
+stop_nbdkit service
+image_holds "$work/images/disk.qcow2" "$work/source"
+
+# A client that is still there at the end and has not flushed.
+truncate -s 0 "$work/images/disk.qcow2"
+truncate -s 64M "$work/images/disk.qcow2"
+write_header "$work/images/disk.qcow2" 16
+activate "$user"
+python "$work/service.sock" "${server_pid[service]}" <<'END'
+import nbd, os, signal, sys
+client = nbd.NBD()
+client.set_export_name("disk.qcow2")
+client.connect_unix(sys.argv[1])
+client.pwrite(b"acknowledged", 1000001)
+os.kill(int(sys.argv[2]), signal.SIGTERM)
+END
+end_of_nbdkit service
+[ "$(dd if="$work/images/disk.qcow2" bs=1 skip=1000001 count=12 status=none)" = acknowledged ] ||
+    fail "SIGTERM lost what was acknowledged"
+
+# The other way to an unprivileged user, which only root can go: nbdkit's own -u.
+if [ "$(id -u)" -eq 0 ]; then
+    fresh_file "$work/images/disk.qcow2" 64M
+    chown "$user" "$work" "$work/images/disk.qcow2" # the first for the file of -P
+    start_nbdkit own -u "$user" --filter="$FILTER" file "$work/images/disk.qcow2"
+    convert "$work/source" "$(uri own)" 64k zlib
+    [ "$(stat -c %U "/proc/${server_pid[own]}")" = "$user" ] || fail "-u: not as $user"
+    stop_nbdkit own
+    image_holds "$work/images/disk.qcow2" "$work/source"
+fi
