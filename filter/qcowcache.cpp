@@ -4,6 +4,7 @@
 #include "connection.hpp"
 #include "events.hpp"
 #include "export.hpp"
+#include "loss_message.hpp"
 #include "memory_budget.hpp"
 #include "nbdkit_storage.hpp"
 #include "parameters.hpp"
@@ -52,20 +53,7 @@ Events events() {
 }
 
 void report_loss(const std::string& export_name, const Unsaved& lost) {
-  constexpr std::size_t most_named = 4;
-  std::string where;
-  std::size_t named = 0;
-  for (const ByteRange& range : lost.ranges) {
-    if (named < most_named)
-      where += (named == 0 ? "" : ", ") + to_string(range);
-    ++named;
-  }
-  if (named > most_named)
-    where += ", and " + std::to_string(named - most_named) + " more";
-  nbdkit_error("qcowcache: export \"%s\": lost %llu bytes that were acknowledged, because storage "
-               "refused them: %s",
-               printable(export_name).c_str(), static_cast<unsigned long long>(lost.bytes),
-               where.c_str());
+  nbdkit_error("qcowcache: %s", loss_message(export_name, lost).c_str());
 }
 
 /// All that lives as long as nbdkit serves.
