@@ -58,6 +58,7 @@ std::shared_ptr<WriteCache> Export::make_cache(const Capabilities& capabilities)
   if (settings_.statistics != nullptr)
     settings.counters = settings_.statistics->counters(name_);
   settings.events = settings_.events.about("export \"" + printable(name_) + "\": ");
+  settings.retry = settings_.retry;
   settings.changed_storage = [this, self](const ByteRange& range) {
     changed_storage(self->cache, range);
   };
@@ -166,7 +167,7 @@ void Export::changed_storage(const WriteCache* by, const ByteRange& range) const
 
 bool Export::disposable() const {
   const std::lock_guard lock(mutex_);
-  return members_.empty() && caches_.empty();
+  return caches_.empty(); // every connection has one
 }
 
 void Export::report_left() const {

@@ -41,6 +41,8 @@ public:
     /// Where caches count, which outlives the export; nullptr: each for itself.
     Statistics* statistics = nullptr;
     Events events{};
+    /// As in `WriteCache::Settings`.
+    std::chrono::milliseconds retry = WriteCache::Settings().retry;
   };
 
   /// The budget outlives the export.

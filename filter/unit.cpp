@@ -39,7 +39,7 @@ void Unit::absorb(std::uint64_t offset, std::span<const std::byte> data, std::ui
 
 void Unit::wrote_through(std::uint64_t offset, std::span<const std::byte> data) {
   const ByteRange range{offset, offset + data.size()};
-  if (fragmented()) {
+  if (fragmented() && !range.contains(dirty_.hull())) {
     for (const ByteRange& part : known_.inside(range))
       std::ranges::copy(data.subspan(part.begin - offset, part.size()), at(part.begin));
     return;
@@ -53,7 +53,7 @@ void Unit::wrote_through(std::uint64_t offset, std::span<const std::byte> data) 
 
 void Unit::zeroed(const ByteRange& range) {
   const ByteRange part = range.intersection(range_);
-  if (fragmented()) {
+  if (fragmented() && !part.contains(dirty_.hull())) {
     for (const ByteRange& known : known_.inside(part))
       std::fill_n(at(known.begin), known.size(), std::byte{0});
     return;

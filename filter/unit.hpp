@@ -80,7 +80,8 @@ public:
   /// each write). REQUIRES: not pinned. Leaves the unit as it was when it throws std::bad_alloc.
   void absorb(std::uint64_t offset, std::span<const std::byte> data, std::uint64_t moment);
   /// Storage has `data` at `offset`, inside the unit, since a client's write went through.
-  /// REQUIRES: nothing in flight. In a fragmented unit dirty bytes stay dirty, with the new value.
+  /// REQUIRES: nothing in flight. In a fragmented unit dirty bytes stay dirty, with the new value,
+  /// unless no others remain.
   void wrote_through(std::uint64_t offset, std::span<const std::byte> data);
   /// The same for zeros in the part of `range` inside the unit; they do not count as written.
   void zeroed(const ByteRange& range);
@@ -122,7 +123,8 @@ public:
   bool started_whole = false;
   /// It counts as unclean in the cache's books.
   bool counted = false;
-  /// Storage refused it; it is not tried again but for a reason (a flush, a need for memory, time).
+  /// Storage refused it; it is not tried again but for a reason (a flush, the end of a connection,
+  /// time).
   bool was_refused = false;
   /// When a client last wrote to it, or storage last refused it, and how many units had been
   /// completed by then.

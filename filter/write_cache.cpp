@@ -182,8 +182,10 @@ void WriteCache::shrink(const Lock& lock) {
     drop(lock, clean_.front());
   }
   for (auto it = unclean_.begin(); excess > 0 && it != unclean_.end(); ++it) {
-    enqueue(lock, *it, Unit::Reason::memory);
-    excess -= std::min(excess, each);
+    if (!it->was_refused) {
+      enqueue(lock, *it, Unit::Reason::memory);
+      excess -= std::min(excess, each);
+    }
   }
 }
 
@@ -194,20 +196,48 @@ void WriteCache::queue_left_behind(const Lock& lock, Unit::Clock::time_point now
     const bool idle = settings_.expire && now - unit.touched >= *settings_.expire;
     if (!others_followed && !idle)
       return; // those behind it were used later
-    if (idle || !unit.was_refused)
+    if (!unit.was_refused)
       enqueue(lock, unit, others_followed ? Unit::Reason::cluster_end : Unit::Reason::expiry);
+  }
+}
+
+bool WriteCache::may_retry(const Lock& /*lock*/, Unit::Clock::time_point now) const {
+  return refused_at_ && now - *refused_at_ >= settings_.retry;
+}
+
+/// Only one: what storage says of it, it would most likely say of all, and each time it says so
+/// costs time, and a line in somebody's log.
+void WriteCache::queue_one_refused(const Lock& lock) {
+  const auto refused = std::ranges::find_if(
+      unclean_, [](const Unit& unit) { return unit.was_refused && unit.turn == Unit::Turn::none; });
+  if (refused == unclean_.end()) {
+    refused_at_.reset();
+  } else {
+    refused_at_ = Unit::Clock::now();
+    enqueue(lock, *refused, refused->reason);
   }
 }
 
 void WriteCache::tick() {
   const Lock lock(mutex_);
+  const auto now = Unit::Clock::now();
   shrink(lock);
-  queue_left_behind(lock, Unit::Clock::now());
+  queue_left_behind(lock, now);
+  if (may_retry(lock, now))
+    queue_one_refused(lock);
   if (has_layout_ && !stopped_ && !caching(lock)) {
-    for (Unit& unit : unclean_)
-      enqueue(lock, unit, Unit::Reason::memory);
+    for (Unit& unit : unclean_) {
+      if (!unit.was_refused)
+        enqueue(lock, unit, Unit::Reason::memory);
+    }
   }
   tell_layout(lock);
+}
+
+/// Whether a request has to call `tick`, because nobody else does.
+bool WriteCache::due() const {
+  const Lock lock(mutex_);
+  return budget_.excess() > 0 || may_retry(lock, Unit::Clock::now());
 }
 
 bool WriteCache::writing() const {
@@ -277,8 +307,10 @@ void WriteCache::relayout(const Lock& lock) {
   drop_clean(lock);
   if (units_.empty())
     unit_size_ = wanted_unit_size_;
-  for (Unit& unit : unclean_)
-    enqueue(lock, unit, Unit::Reason::new_layout);
+  for (Unit& unit : unclean_) {
+    if (!unit.was_refused)
+      enqueue(lock, unit, Unit::Reason::new_layout);
+  }
 }
 
 void WriteCache::header_changed(const Lock& lock, const ByteRange& range) {
@@ -517,7 +549,7 @@ void WriteCache::take(Storage& storage, std::uint64_t offset, std::span<const st
     }
   }
   if (!settings_.wake_writer) {
-    if (budget_.excess() > 0)
+    if (due())
       tick();
     if (!holds_back()) {
       while (write_next(storage)) {
@@ -786,6 +818,11 @@ void WriteCache::zero(Storage& storage, const ByteRange& range,
     const RangeLock::Owned owned = ranges_.own(blocks);
     try {
       storage.zero(blocks, options);
+    } catch (const std::system_error& refusal) {
+      // Where a fast zero is not supported nothing was done, and there is nothing to forget.
+      if (!options.fast || refusal.code() != std::errc::not_supported)
+        failed_on_storage(blocks);
+      throw;
     } catch (...) {
       failed_on_storage(blocks);
       throw;

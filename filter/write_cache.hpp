@@ -71,6 +71,9 @@ public:
     /// A partial unit that nobody has written to for so long is left behind; nothing: never by
     /// time.
     std::optional<std::chrono::milliseconds> expire;
+    /// Storage that refused a unit is left alone for so long; then one of the units that it refused
+    /// is tried again, and each that it takes is followed by the next. Flushes do not wait for it.
+    std::chrono::milliseconds retry = std::chrono::seconds(5);
     /// Called whenever a unit has been queued, with the number of those that wait, sometimes with
     /// the cache's mutex held, to wake those who call `write_next` in the background. Nothing: the
     /// request that queued it writes it.
@@ -106,7 +109,8 @@ public:
   void read(Storage& storage, std::uint64_t offset, std::span<std::byte> data);
   /// When it returns, every byte acknowledged before the call is on storage and storage is flushed.
   /// Throws storage's error otherwise; the bytes are then still in memory and the next flush tries
-  /// again. Writes that arrive after the call do not delay it.
+  /// again. Once storage has said that it has no room, units that it refused earlier are not tried
+  /// in vain one after the other. Writes that arrive after the call do not delay it.
   void flush(Storage& storage);
   /// A fast zero that would take more than one request of storage throws ENOTSUP, changing nothing.
   void zero(Storage& storage, const ByteRange& range, const Storage::ZeroOptions& options);
@@ -146,12 +150,14 @@ public:
   void give_up(const Next& next);
   /// How many units wait to be written.
   [[nodiscard]] std::size_t waiting() const;
-  /// Queues what has been left behind by time, what storage refused among it, and whatever the
-  /// budget has become too small for. To be called now and then where others write.
+  /// Queues what has been left behind by time, whatever the budget has become too small for, and,
+  /// when it is time, one of the units that storage refused. To be called now and then where others
+  /// write.
   void tick();
 
   /// Writes all that was acknowledged before the call, waiting for others who write some of it.
-  /// Storage's errors do not end it. Returns what is in memory only when it is done.
+  /// Storage's errors do not end it: every unit is tried, since this may be the last chance.
+  /// Returns what is in memory only when it is done.
   Unsaved drain(Storage& storage);
   /// `drain`, after which the cache takes nothing any more; it goes on serving reads.
   Unsaved drain_and_stop(Storage& storage);
@@ -225,6 +231,9 @@ private:
   [[nodiscard]] bool beyond_share(const Lock&) const;
   void shrink(const Lock& lock);
   void queue_left_behind(const Lock& lock, Unit::Clock::time_point now);
+  [[nodiscard]] bool may_retry(const Lock&, Unit::Clock::time_point now) const;
+  [[nodiscard]] bool due() const;
+  void queue_one_refused(const Lock& lock);
   void drop_clean(const Lock& lock);
   void drop(const Lock&, Unit& unit);
   void relayout(const Lock& lock);
@@ -292,6 +301,9 @@ private:
   /// The same, by who only wants to know whether there is anything to do.
   std::atomic<bool> layout_was_read_ = false;
   bool stopped_ = false;
+  /// When storage last refused something, or one of those units was queued again; nothing when none
+  /// is left.
+  std::optional<Unit::Clock::time_point> refused_at_;
   /// Grows with each write; tells which bytes a flush has to wait for.
   std::uint64_t moment_ = 0;
   std::uint64_t units_completed_ = 0;

@@ -6,6 +6,7 @@
 #include <boost/container/flat_set.hpp>
 
 #include <algorithm>
+#include <cerrno>
 #include <exception>
 #include <optional>
 #include <string>
@@ -18,6 +19,11 @@ namespace {
 /// Known bytes between two pieces of a unit are written along when they are no more than this:
 /// rewriting what storage has costs less than another request.
 constexpr std::uint64_t worth_writing_over = std::uint64_t{16} * 1024;
+
+/// What storage that is full says of one unit it will most likely say of the next.
+bool no_room(const std::error_code& error) {
+  return error == std::errc::no_space_on_device || error.value() == EDQUOT;
+}
 
 } // namespace
 
@@ -109,6 +115,7 @@ void WriteCache::give_up(const Next& next) {
 void WriteCache::refuse(const Lock& /*lock*/, Unit& unit) noexcept {
   unit.refused();
   unit.touched = Unit::Clock::now();
+  refused_at_ = unit.touched;
   unit.completed_before = units_completed_;
   unit.hook.unlink();
   unclean_.push_back(unit);
@@ -142,23 +149,27 @@ std::error_code WriteCache::write_owed(Storage& storage, Unit::Reason reason) {
   // unit once.
   boost::container::flat_set<std::uint64_t> tried;
   std::error_code error;
+  bool out_of_reach = false;
+  bool full = false;
   for (;;) {
+    // Units that storage has not refused yet come first, so that every one gets its chance.
     Unit* ready = nullptr;
     bool others_write = false;
-    for (auto it = unclean_.begin(); it != unclean_.end() && ready == nullptr; ++it) {
+    for (auto it = unclean_.begin();
+         it != unclean_.end() && (ready == nullptr || ready->was_refused); ++it) {
       if (it->owes(moment) && !tried.contains(it->range().begin)) {
         // What this connection cannot reach a background writer may, through another one.
         const bool for_others = it->turn == Unit::Turn::queued && settings_.wake_writer &&
                                 !within_reach(lock, *it, storage);
         if (it->turn == Unit::Turn::claimed || for_others)
           others_write = true;
-        else
+        else if (!it->was_refused || (ready == nullptr && !full))
           ready = &*it;
       }
     }
     if (ready != nullptr && !within_reach(lock, *ready, storage)) {
       tried.insert(ready->range().begin);
-      error = error ? error : std::error_code(EIO, std::generic_category());
+      out_of_reach = true;
     } else if (ready != nullptr) {
       if (ready->turn == Unit::Turn::none)
         ready->reason = reason;
@@ -175,12 +186,14 @@ std::error_code WriteCache::write_owed(Storage& storage, Unit::Reason reason) {
         for (std::uint64_t begin = claimed.begin; begin < claimed.end; begin += step)
           tried.insert(begin);
         error = error ? error : refusal.code();
+        full = full || (reason == Unit::Reason::flush && no_room(refusal.code()));
       }
     } else if (others_write) {
       progress_.wait(lock);
     } else {
       tell_written(lock, reason);
-      return error;
+      // Storage's own answer says more than that there was nobody to ask.
+      return out_of_reach && !error ? std::error_code(EIO, std::generic_category()) : error;
     }
   }
 }
@@ -300,6 +313,7 @@ void WriteCache::finish(const Job& job, bool stored) noexcept {
   const Lock lock(mutex_);
   for (Unit* unit : job) {
     leave_queue(lock, *unit, Unit::Turn::none);
+    const bool was_refused = unit->was_refused;
     if (stored) {
       count_written(lock, *unit);
       unit->stored();
@@ -311,6 +325,8 @@ void WriteCache::finish(const Job& job, bool stored) noexcept {
       settle(lock, *unit);
     else if (stored && wanted)
       enqueue(lock, *unit, Unit::Reason::new_layout); // a client has written to it meanwhile
+    if (stored && was_refused)
+      queue_one_refused(lock);
   }
   progress_.notify_all();
   budget_.note_change();

@@ -3,6 +3,7 @@
 #include "catch.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
+#include "serving.hpp"
 
 #include <algorithm>
 #include <atomic>
@@ -16,75 +17,6 @@ using Kind = MemoryStorage::Kind;
 namespace {
 
 constexpr std::uint64_t unit = WriteCache::least_unit_size;
-
-/// Exports as the server has them, with background writers or without.
-class Serving {
-public:
-  Serving(std::size_t memory, unsigned writers)
-      : budget_(memory),
-        exports_({std::nullopt, std::uint64_t{1024} * 1024, std::chrono::milliseconds(50),
-                  writers > 0 ? &writeback_ : nullptr,
-                  [this](const std::string&, const Unsaved& unsaved) { lost += unsaved.bytes; }},
-                 budget_) {
-    writeback_.start(writers);
-  }
-  Serving(const Serving&) = delete;
-  Serving& operator=(const Serving&) = delete;
-  ~Serving() {
-    writeback_.stop();
-    exports_.report_left();
-  }
-
-  [[nodiscard]] Exports& exports() noexcept { return exports_; }
-  [[nodiscard]] MemoryBudget& budget() noexcept { return budget_; }
-  std::atomic<std::uint64_t> lost = 0;
-
-private:
-  MemoryBudget budget_;
-  Writeback writeback_;
-  Exports exports_;
-};
-
-/// A client: a connection and the storage that was made for it.
-class Client {
-public:
-  Client(Serving& serving, const std::string& name, const std::shared_ptr<MemoryDisk>& disk,
-         const Capabilities& capabilities,
-         std::function<void(const MemoryStorage::Call&)> before = {})
-      : connection_(serving.exports(), name) {
-    auto storage = std::make_unique<MemoryStorage>(capabilities, disk);
-    storage->before = std::move(before);
-    storage_ = storage.get();
-    connection_.begin(std::move(storage));
-  }
-  Client(const Client&) = delete;
-  Client& operator=(const Client&) = delete;
-  ~Client() { leave(); }
-
-  void write(std::uint64_t offset, std::span<const std::byte> data, bool fua = false) {
-    const Connection::InUse in_use = connection_.in_use();
-    in_use.cache.write(in_use.use.storage(), offset, data, fua);
-  }
-  std::vector<std::byte> read(std::uint64_t offset, std::size_t size) {
-    std::vector<std::byte> data(size);
-    const Connection::InUse in_use = connection_.in_use();
-    in_use.cache.read(in_use.use.storage(), offset, data);
-    return data;
-  }
-  void flush() {
-    const Connection::InUse in_use = connection_.in_use();
-    in_use.cache.flush(in_use.use.storage());
-  }
-  void leave() {
-    connection_.drain();
-    connection_.end();
-  }
-  [[nodiscard]] const MemoryStorage& storage() const { return *storage_; }
-
-private:
-  MemoryStorage* storage_ = nullptr;
-  Connection connection_;
-};
 
 std::shared_ptr<MemoryDisk> image(std::uint64_t size) {
   auto disk = std::make_shared<MemoryDisk>(size);
@@ -268,6 +200,51 @@ TEST_CASE("an export that holds all memory and idles does not starve another", "
   idle.flush();
   for (std::uint64_t i = 1; i < 30; ++i)
     CHECK(idle.read(i * unit + 5, 100) == pattern(100, static_cast<unsigned>(i)));
+}
+
+TEST_CASE("an export whose storage refuses and that fills all memory does not stop another",
+          "[connection]") {
+  Serving serving(8 * (unit + 8192), GENERATE(0U, 4U));
+  const Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  std::atomic<bool> refuses = true;
+  const auto full_disk = image(40 * unit);
+  Client full(serving, "full", full_disk, capabilities, [&](const MemoryStorage::Call& call) {
+    if (refuses && call.kind == Kind::write)
+      throw std::system_error(ENOSPC, std::generic_category(), "refused");
+  });
+  std::vector<std::uint64_t> taken;
+  int error = 0;
+  for (std::uint64_t i = 1; i < 30 && error == 0; ++i) {
+    try {
+      full.write(i * unit + 5, pattern(100, static_cast<unsigned>(i)));
+      taken.push_back(i);
+    } catch (const std::system_error& refusal) {
+      error = refusal.code().value();
+    }
+  }
+  CHECK(error == ENOSPC); // storage's answer, since there is no memory left
+  CHECK(taken.size() >= 2);
+
+  const auto disk = image(40 * unit);
+  Client other(serving, "other", disk, capabilities);
+  const auto data = pattern(30 * unit, 7);
+  for (std::size_t done = 0; done < data.size(); done += 3000)
+    other.write(unit + done,
+                std::span(data).subspan(done, std::min<std::size_t>(3000, data.size() - done)));
+  other.flush();
+  std::vector<std::byte> stored(data.size());
+  disk->read(unit, stored);
+  CHECK(stored == data);
+
+  refuses = false;
+  for (const std::uint64_t i : taken)
+    CHECK(full.read(i * unit + 5, 100) == pattern(100, static_cast<unsigned>(i)));
+  full.flush();
+  for (const std::uint64_t i : taken) {
+    std::vector<std::byte> of_unit(100);
+    full_disk->read(i * unit + 5, of_unit);
+    CHECK(of_unit == pattern(100, static_cast<unsigned>(i)));
+  }
 }
 
 TEST_CASE("storage that hangs does not make reads of cached bytes hang", "[connection]") {

@@ -124,51 +124,70 @@ void MemoryStorage::begin(const Call& call, bool allowed) {
     before(call);
 }
 
+void MemoryStorage::end(const Call& call) const {
+  if (after)
+    after(call);
+}
+
 void MemoryStorage::do_read(std::uint64_t offset, std::span<std::byte> data) {
-  begin({Kind::read, {offset, offset + data.size()}, false}, true);
+  const Call call{Kind::read, {offset, offset + data.size()}, false};
+  begin(call, true);
   disk_->read(offset, data);
+  end(call);
 }
 
 void MemoryStorage::do_write(std::uint64_t offset, std::span<const std::byte> data, bool fua) {
-  begin({Kind::write, {offset, offset + data.size()}, fua}, capabilities_.can_write);
+  const Call call{Kind::write, {offset, offset + data.size()}, fua};
+  begin(call, capabilities_.can_write);
   disk_->write(offset, data, fua);
+  end(call);
 }
 
 void MemoryStorage::do_flush() {
-  begin({Kind::flush, {}, false}, capabilities_.can_flush);
+  const Call call{Kind::flush, {}, false};
+  begin(call, capabilities_.can_flush);
   disk_->flush();
+  end(call);
 }
 
 void MemoryStorage::do_zero(const ByteRange& range, const ZeroOptions& options) {
-  begin({Kind::zero, range, options.fua},
-        capabilities_.can_write && (!options.fast || capabilities_.can_fast_zero));
+  const Call call{Kind::zero, range, options.fua};
+  begin(call, capabilities_.can_write && (!options.fast || capabilities_.can_fast_zero));
   disk_->zero(range, options.fua);
+  end(call);
 }
 
 void MemoryStorage::do_trim(const ByteRange& range, bool fua) {
-  begin({Kind::trim, range, fua}, capabilities_.can_trim);
+  const Call call{Kind::trim, range, fua};
+  begin(call, capabilities_.can_trim);
   disk_->zero(range, fua);
+  end(call);
 }
 
 void MemoryStorage::do_cache(const ByteRange& range) {
-  begin({Kind::cache, range, false}, capabilities_.can_cache);
+  const Call call{Kind::cache, range, false};
+  begin(call, capabilities_.can_cache);
+  end(call);
 }
 
 qcowcache::Storage::Extents MemoryStorage::do_extents(const ByteRange& range, bool only_first) {
-  begin({Kind::extents, range, false}, capabilities_.can_extents);
+  const Call call{Kind::extents, range, false};
+  begin(call, capabilities_.can_extents);
   constexpr std::uint64_t block = 4096;
   Extents found;
-  for (ByteRange rest = range; !rest.empty();) {
+  bool complete = false;
+  for (ByteRange rest = range; !rest.empty() && !complete;) {
     const ByteRange part{rest.begin,
                          std::min(rest.end, qcowcache::align_down(rest.begin, block) + block)};
     const ExtentType type = disk_->all_zeros(part) ? ExtentType::hole_and_zero : ExtentType::data;
     if (!found.empty() && found.back().type == type)
       found.back().range.end = part.end;
     else if (only_first && !found.empty())
-      return found;
+      complete = true;
     else
       found.push_back({part, type});
     rest.begin = part.end;
   }
+  end(call);
   return found;
 }

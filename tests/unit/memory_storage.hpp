@@ -51,6 +51,8 @@ public:
 
   /// Called before each request is carried out, with no lock held: may throw, or wait.
   std::function<void(const Call&)> before;
+  /// Called once it was carried out: may throw, as storage does that fails late.
+  std::function<void(const Call&)> after;
 
   [[nodiscard]] const qcowcache::Capabilities& capabilities() const noexcept override {
     return capabilities_;
@@ -73,6 +75,7 @@ protected:
 
 private:
   void begin(const Call& call, bool allowed);
+  void end(const Call& call) const;
 
   const qcowcache::Capabilities capabilities_;
   const std::shared_ptr<MemoryDisk> disk_;

@@ -3,6 +3,7 @@
 #include "catch.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
+#include "watched_thread.hpp"
 
 #include <algorithm>
 #include <atomic>
@@ -95,6 +96,30 @@ public:
   void let_go() { open_.count_down(); }
 
 private:
+  std::atomic<bool> used_ = false;
+  std::latch reached_{1};
+  std::latch open_{1};
+};
+
+/// Holds back the next request of a kind, once storage has carried it out, until `let_go`.
+class LateGate {
+public:
+  LateGate(MemoryStorage& storage, Kind kind) : storage_(storage) {
+    storage_.after = [this, kind](const MemoryStorage::Call& call) {
+      if (call.kind == kind && !used_.exchange(true)) {
+        reached_.count_down();
+        open_.wait();
+      }
+    };
+  }
+  LateGate(const LateGate&) = delete;
+  LateGate& operator=(const LateGate&) = delete;
+  ~LateGate() { storage_.after = nullptr; }
+  void wait_until_reached() const { reached_.wait(); }
+  void let_go() { open_.count_down(); }
+
+private:
+  MemoryStorage& storage_;
   std::atomic<bool> used_ = false;
   std::latch reached_{1};
   std::latch open_{1};
@@ -265,6 +290,122 @@ TEST_CASE("a client that writes to a unit that is being written does not wait", 
   CHECK(bench.on_disk(unit, 6000) == expected);
 }
 
+TEST_CASE("while a block is read to be completed nobody else changes it", "[write_cache]") {
+  Capabilities capabilities = MemoryStorage::everything(disk_size);
+  capabilities.can_extents = false;
+  Bench bench(capabilities);
+  auto expected = pattern(4096, 9);
+  bench.storage.disk().write(unit, expected, true);
+  bench.with_header();
+  const auto held = pattern(100, 1);
+  const auto other = pattern(100, 2);
+  const bool flush_first = GENERATE(true, false);
+  bench.write(unit + 10, held);
+  std::ranges::copy(held, expected.begin() + 10);
+  const auto flush = [&] { bench.cache->flush(bench.storage); };
+  const auto write_through = [&] { bench.write(unit + 200, other, true); };
+  std::ranges::copy(other, expected.begin() + 200);
+
+  LateGate gate(bench.storage, Kind::read);
+  WatchedThread first([&] { flush_first ? flush() : write_through(); });
+  gate.wait_until_reached();
+  WatchedThread second([&] { flush_first ? write_through() : flush(); });
+  CHECK(second.waits());
+  gate.let_go();
+  REQUIRE(first.ends());
+  REQUIRE(second.ends());
+  flush();
+  CHECK(bench.on_disk(unit, 4096) == expected);
+}
+
+TEST_CASE("a read looks into the cache before it asks storage", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  const auto data = pattern(unit / 2, 1);
+  bench.write(unit, data);
+  LateGate gate(bench.storage, Kind::read);
+  std::vector<std::byte> found;
+  WatchedThread reader([&] { found = bench.read(unit, unit + 4096); });
+  gate.wait_until_reached();
+  bench.cache->flush(bench.storage); // written, and dropped, while storage answers
+  bench.cache->release_clean(SIZE_MAX);
+  gate.let_go();
+  REQUIRE(reader.ends());
+  CHECK(std::equal(data.begin(), data.end(), found.begin()));
+}
+
+TEST_CASE("extents are told of the cache before storage is asked", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  bench.write(unit, pattern(4096, 1));
+  bench.cache->flush(bench.storage); // so that storage has been asked for zeros
+  bench.write(2 * unit, pattern(4096, 1));
+  LateGate gate(bench.storage, Kind::extents);
+  Storage::Extents found;
+  WatchedThread asker([&] {
+    found = bench.cache->extents(bench.storage, {2 * unit, 3 * unit}, false);
+  });
+  gate.wait_until_reached();
+  bench.cache->flush(bench.storage);
+  bench.cache->release_clean(SIZE_MAX);
+  gate.let_go();
+  REQUIRE(asker.ends());
+  REQUIRE_FALSE(found.empty());
+  CHECK(found[0].type == Storage::ExtentType::data);
+}
+
+TEST_CASE("what a client has read is not remembered", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  bench.write(unit, pattern(100, 1));
+  LateGate gate(bench.storage, Kind::read);
+  WatchedThread reader([&] { (void)bench.read(unit, 8192); });
+  gate.wait_until_reached();
+  bench.storage.disk().write(unit + 4096, pattern(4096, 2), true); // by somebody else
+  bench.cache->forget({unit + 4096, unit + 8192});
+  gate.let_go();
+  REQUIRE(reader.ends());
+  CHECK(bench.read(unit + 4096, 4096) == pattern(4096, 2));
+}
+
+TEST_CASE("a flush waits for what others are writing, and takes over what they are refused",
+          "[write_cache]") {
+  WriteCache::Settings settings;
+  settings.wake_writer = [](std::size_t /*waiting*/) {}; // somebody else is to write
+  Bench bench(MemoryStorage::everything(disk_size), 32 * 1024 * 1024, std::move(settings));
+  bench.with_header();
+  const bool refused = GENERATE(false, true);
+  auto expected = pattern(unit, 1);
+  bench.write(unit, expected);
+  std::latch reached(1);
+  std::latch open(1);
+  std::atomic<unsigned> writes = 0;
+  bench.storage.before = [&](const MemoryStorage::Call& call) {
+    if (call.kind == Kind::write && ++writes == 1) {
+      reached.count_down();
+      open.wait();
+      if (refused)
+        throw std::system_error(EIO, std::generic_category(), "refused");
+    }
+  };
+  WatchedThread writer([&] { (void)bench.cache->write_next(bench.storage); });
+  reached.wait();
+  WatchedThread flush([&] { bench.cache->flush(bench.storage); });
+  CHECK(flush.waits());
+  const auto newer = pattern(100, 2); // newer than the flush, in the same unit
+  bench.write(unit + 50, newer);
+  open.count_down();
+  REQUIRE(writer.ends());
+  REQUIRE(flush.ends());
+  const auto durable = bench.storage.disk().durable();
+  CHECK(std::equal(expected.begin() + 150, expected.end(), durable.begin() + unit + 150));
+  CHECK(std::equal(expected.begin(), expected.begin() + 50, durable.begin() + unit));
+  bench.storage.before = nullptr;
+  bench.cache->flush(bench.storage);
+  std::ranges::copy(newer, expected.begin() + 50);
+  CHECK(bench.on_disk(unit, unit) == expected);
+}
+
 TEST_CASE("a unit that is refused while it is written to anew keeps both", "[write_cache]") {
   Bench bench;
   bench.with_header();
@@ -364,6 +505,179 @@ TEST_CASE("a failing flush of storage is reported", "[write_cache]") {
   bench.write(unit, pattern(10, 1));
   const Refusal refusal(bench.storage, Kind::flush, EIO);
   CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == EIO);
+}
+
+TEST_CASE("every flush that waited for a flush of storage that fails is told", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  for (unsigned i = 1; i < 9; ++i)
+    bench.write(i * unit, pattern(10, i));
+  const Refusal refusal(bench.storage, Kind::flush, EIO);
+  std::vector<std::future<int>> flushes;
+  flushes.reserve(4);
+  for (unsigned i = 0; i < 4; ++i)
+    flushes.push_back(std::async(
+        std::launch::async, [&] { return error_of([&] { bench.cache->flush(bench.storage); }); }));
+  for (std::future<int>& flush : flushes)
+    CHECK(flush.get() == EIO);
+}
+
+TEST_CASE("storage that says it is full is not asked again by the same flush for what it refused",
+          "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  const int error = GENERATE(ENOSPC, EDQUOT, EIO);
+  const std::size_t tries_again = error == EIO ? 8 : 1;
+  const auto write_requests = [&] { return bench.storage.calls(Kind::write).size(); };
+  for (unsigned i = 1; i <= 8; ++i)
+    bench.write(2 * i * unit + 5, pattern(100, i));
+  {
+    const Refusal refusal(bench.storage, Kind::write, error);
+    CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == error);
+    CHECK(write_requests() == 8); // each has been handed to storage
+
+    std::vector<std::uint64_t> tried;
+    for (unsigned i = 0; i < 3; ++i) {
+      bench.storage.forget_calls();
+      CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == error);
+      CHECK(write_requests() == tries_again);
+      tried.push_back(bench.storage.calls(Kind::write).at(0).range.begin);
+    }
+    if (tries_again == 1)
+      CHECK(tried == std::vector<std::uint64_t>{2 * unit, 4 * unit, 6 * unit}); // each has its turn
+
+    bench.storage.forget_calls();
+    bench.write(40 * unit, pattern(100, 9)); // what was not refused before is tried all the same
+    bench.write(42 * unit, pattern(100, 9));
+    CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == error);
+    CHECK(write_requests() == (error == EIO ? 10 : 2));
+
+    bench.storage.forget_calls();
+    CHECK(bench.cache->drain(bench.storage).bytes == 1000); // may be the last chance
+    CHECK(write_requests() == 10);
+  }
+  bench.cache->flush(bench.storage); // the first that succeeds: all is stored
+  CHECK(bench.cache->clean());
+  for (unsigned i = 1; i <= 8; ++i)
+    CHECK(bench.on_disk(2 * i * unit + 5, 100) == pattern(100, i));
+}
+
+TEST_CASE("one region for which storage has no room does not keep others from being stored",
+          "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  for (unsigned i = 1; i <= 8; ++i)
+    bench.write(2 * i * unit, pattern(100, i));
+  {
+    const Refusal refusal(bench.storage, Kind::write, ENOSPC);
+    CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == ENOSPC);
+  }
+  bench.storage.before = [](const MemoryStorage::Call& call) {
+    if (call.kind == Kind::write && call.range.begin == 2 * unit)
+      throw std::system_error(ENOSPC, std::generic_category(), "refused");
+  };
+  CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == ENOSPC);
+  CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == ENOSPC);
+  CHECK(bench.cache->unsaved().bytes == 100);
+  for (unsigned i = 2; i <= 8; ++i)
+    CHECK(bench.on_disk(2 * i * unit, 100) == pattern(100, i));
+  bench.storage.before = nullptr;
+}
+
+TEST_CASE("of what storage refused one unit is tried again, and when it is taken the others follow",
+          "[write_cache]") {
+  WriteCache::Settings settings;
+  settings.wake_writer = [](std::size_t /*waiting*/) {}; // somebody else is to write
+  settings.expire = std::chrono::milliseconds(0);
+  const bool soon = GENERATE(true, false);
+  settings.retry = std::chrono::hours(soon ? 0 : 1);
+  Bench bench(MemoryStorage::everything(disk_size), 32 * 1024 * 1024, std::move(settings));
+  bench.with_header();
+  for (unsigned i = 1; i <= 6; ++i)
+    bench.write(2 * i * unit, pattern(100, i));
+  {
+    const Refusal refusal(bench.storage, Kind::write, EIO);
+    CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == EIO);
+    CHECK(bench.cache->waiting() == 0);
+    bench.cache->tick();
+    CHECK(bench.cache->waiting() == (soon ? 1 : 0));
+    CHECK(bench.cache->write_next(bench.storage) == soon);
+    CHECK(bench.cache->waiting() == 0);
+
+    SECTION("a budget that shrinks does not have them tried faster") {
+      bench.budget.set_limit(2 * unit);
+      bench.cache->tick();
+      CHECK(bench.cache->waiting() <= 1);
+    }
+    SECTION("nor does a header that goes") {
+      bench.cache->zero(bench.storage, {0, 512}, {});
+      CHECK(bench.cache->waiting() <= 1);
+      bench.cache->tick();
+      CHECK(bench.cache->waiting() <= 1);
+    }
+    while (bench.cache->write_next(bench.storage)) {
+    }
+    CHECK(bench.cache->unsaved().bytes == 600);
+  }
+  bench.cache->tick();
+  CHECK(bench.cache->waiting() == (soon ? 1 : 0));
+  while (bench.cache->write_next(bench.storage)) {
+  }
+  CHECK(bench.cache->clean() == soon);
+}
+
+TEST_CASE("what storage refused is tried again by a request where nobody writes in the background",
+          "[write_cache]") {
+  WriteCache::Settings settings;
+  settings.retry = std::chrono::milliseconds(0);
+  Bench bench(MemoryStorage::everything(disk_size), 32 * 1024 * 1024, std::move(settings));
+  bench.with_header();
+  {
+    const Refusal refusal(bench.storage, Kind::write, ENOSPC);
+    for (unsigned i = 1; i <= 6; ++i)
+      bench.write(2 * i * unit, pattern(100, i));
+    CHECK(bench.cache->drain(bench.storage).bytes == 600);
+    bench.storage.forget_calls();
+    bench.write(30 * unit, pattern(100, 9));
+    CHECK(bench.storage.calls(Kind::write).size() == 1);
+  }
+  bench.write(30 * unit + 100, pattern(100, 9));
+  CHECK(bench.cache->unsaved().ranges == ByteRanges({30 * unit, 30 * unit + 200}));
+}
+
+TEST_CASE("a fast zero that storage does not have leaves the cache as it was", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  bench.write(unit, pattern(8192, 1));
+  bench.cache->flush(bench.storage);
+  bench.write(unit + 8192, pattern(4096, 2));
+  Storage::ZeroOptions fast;
+  fast.fast = true;
+  {
+    const Refusal refusal(bench.storage, Kind::zero, ENOTSUP);
+    bench.storage.forget_calls();
+    CHECK(error_of([&] { bench.cache->zero(bench.storage, {unit, 2 * unit}, fast); }) == ENOTSUP);
+    CHECK(error_of([&] { bench.cache->zero(bench.storage, {0, unit}, fast); }) == ENOTSUP);
+  }
+  CHECK(bench.cache->caching());
+  CHECK(bench.read(unit, 8192) == pattern(8192, 1));
+  CHECK(bench.read(unit + 8192, 4096) == pattern(4096, 2));
+  CHECK(bench.storage.calls(Kind::read).empty()); // what was known still is
+  CHECK(bench.storage.calls(Kind::write).empty());
+  CHECK(bench.cache->unsaved().bytes == 4096);
+}
+
+TEST_CASE("zeroing all refused bytes of a unit in very many pieces ends the refusal",
+          "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  const Refusal refusal(bench.storage, Kind::write, EIO);
+  for (std::uint64_t offset = 0; offset < 200; offset += 2)
+    error_of([&] { bench.write(unit + offset, pattern(1, 1)); });
+  CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == EIO);
+  bench.cache->zero(bench.storage, {unit, unit + 4096}, {});
+  CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == 0);
+  CHECK(bench.read(unit, 4096) == std::vector<std::byte>(4096));
 }
 
 TEST_CASE("full memory writes the oldest units, and refused memory lets writes through",
@@ -730,6 +1044,11 @@ TEST_CASE("a connection that sees a smaller export cannot write what lies behind
   const auto data = pattern(200, 1);
   cache->write(large, 2 * unit + 50, data, false);
   CHECK(error_of([&] { cache->flush(small); }) == EIO);
+  cache->write(small, unit, data, false);
+  {
+    const Refusal refusal(small, Kind::write, ENOSPC);
+    CHECK(error_of([&] { cache->flush(small); }) == ENOSPC); // storage's own answer comes first
+  }
   CHECK(small.violations().empty());
   cache->flush(large);
   std::vector<std::byte> stored(200);

@@ -1,0 +1,113 @@
+#pragma once
+
+#include "connection.hpp"
+#include "export.hpp"
+#include "memory_budget.hpp"
+#include "memory_storage.hpp"
+#include "writeback.hpp"
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+/// Exports as the server has them, with background writers or without.
+class Serving {
+public:
+  /// `memory` in bytes; `retry` as in `WriteCache::Settings`.
+  Serving(std::size_t memory, unsigned writers,
+          std::chrono::milliseconds retry = qcowcache::WriteCache::Settings().retry)
+      : budget_(memory),
+        exports_({std::nullopt, std::uint64_t{1024} * 1024, std::chrono::milliseconds(50),
+                  writers > 0 ? &writeback_ : nullptr,
+                  [this](const std::string&, const qcowcache::Unsaved& unsaved) {
+                    lost += unsaved.bytes;
+                  },
+                  retry},
+                 budget_) {
+    writeback_.start(writers);
+  }
+  Serving(const Serving&) = delete;
+  Serving& operator=(const Serving&) = delete;
+  ~Serving() {
+    writeback_.stop();
+    exports_.report_left();
+  }
+
+  [[nodiscard]] qcowcache::Exports& exports() noexcept { return exports_; }
+  [[nodiscard]] qcowcache::MemoryBudget& budget() noexcept { return budget_; }
+  /// Bytes that were reported lost.
+  std::atomic<std::uint64_t> lost = 0;
+
+private:
+  qcowcache::MemoryBudget budget_;
+  qcowcache::Writeback writeback_;
+  qcowcache::Exports exports_;
+};
+
+/// A client: a connection and the storage that was made for it.
+class Client {
+public:
+  using Hook = std::function<void(const MemoryStorage::Call&)>;
+
+  /// `before` and `after` as in `MemoryStorage`.
+  Client(Serving& serving, const std::string& name, const std::shared_ptr<MemoryDisk>& disk,
+         const qcowcache::Capabilities& capabilities, Hook before = {}, Hook after = {})
+      : connection_(serving.exports(), name) {
+    auto storage = std::make_unique<MemoryStorage>(capabilities, disk);
+    storage->before = std::move(before);
+    storage->after = std::move(after);
+    storage_ = storage.get();
+    connection_.begin(std::move(storage));
+  }
+  Client(const Client&) = delete;
+  Client& operator=(const Client&) = delete;
+  ~Client() { leave(); }
+
+  void write(std::uint64_t offset, std::span<const std::byte> data, bool fua = false) {
+    const qcowcache::Connection::InUse in_use = connection_.in_use();
+    in_use.cache.write(in_use.use.storage(), offset, data, fua);
+  }
+  std::vector<std::byte> read(std::uint64_t offset, std::size_t size) {
+    std::vector<std::byte> data(size);
+    const qcowcache::Connection::InUse in_use = connection_.in_use();
+    in_use.cache.read(in_use.use.storage(), offset, data);
+    return data;
+  }
+  void flush() {
+    const qcowcache::Connection::InUse in_use = connection_.in_use();
+    in_use.cache.flush(in_use.use.storage());
+  }
+  void zero(const qcowcache::ByteRange& range,
+            const qcowcache::Storage::ZeroOptions& options = {}) {
+    const qcowcache::Connection::InUse in_use = connection_.in_use();
+    in_use.cache.zero(in_use.use.storage(), range, options);
+  }
+  void trim(const qcowcache::ByteRange& range, bool fua = false) {
+    const qcowcache::Connection::InUse in_use = connection_.in_use();
+    in_use.cache.trim(in_use.use.storage(), range, fua);
+  }
+  qcowcache::Storage::Extents extents(const qcowcache::ByteRange& range) {
+    const qcowcache::Connection::InUse in_use = connection_.in_use();
+    return in_use.cache.extents(in_use.use.storage(), range, false);
+  }
+  void prefetch(const qcowcache::ByteRange& range) {
+    const qcowcache::Connection::InUse in_use = connection_.in_use();
+    in_use.use.storage().cache(range);
+  }
+  void leave() {
+    connection_.drain();
+    connection_.end();
+  }
+  [[nodiscard]] const MemoryStorage& storage() const { return *storage_; }
+
+private:
+  MemoryStorage* storage_ = nullptr;
+  qcowcache::Connection connection_;
+};
