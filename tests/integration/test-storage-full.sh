@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# A full disk is noticed, and told, but not over and over again: each flush asks
+# storage, but does not ask it once more for every unit that it has refused. And
+# when there is room again, what was refused is stored even if nobody flushes.
+
+# shellcheck source-path=SCRIPTDIR source=functions.sh
+source "$(dirname "$0")/functions.sh"
+set -e
+
+refusals () { grep -c 'injecting ENOSPC' "$work/server.err" || :; }
+
+# Every tenth unit is looked at.
+all_stored ()
+{
+    "$PYTHON" - "$work/disk" <<'END'
+import sys
+with open(sys.argv[1], "rb") as disk:
+    for i in range(0, 200, 10):
+        disk.seek(i * 131072 + 7)
+        if disk.read(1000) != bytes([i + 1]) * 1000:
+            sys.exit(1)
+END
+}
+
+mkfifo "$work/waits" "$work/go-on"
+for writers in 4 0; do
+    rm -f "$work/full"
+    fresh_file "$work/disk" 32M
+    start_nbdkit server --filter="$FILTER" --filter=error file "$work/disk" \
+        error-pwrite=ENOSPC error-pwrite-rate=100% error-pwrite-file="$work/full" \
+        qcowcache-cluster-size=64K qcowcache-writers="$writers"
+    python "$work/server.sock" "$work/full" "$work/waits" "$work/go-on" <<'END' &
+import errno, nbd, sys
+address, full, waits, go_on = sys.argv[1:]
+client = nbd.NBD()
+client.connect_unix(address)
+open(full, "w").close()
+for i in range(200):
+    client.pwrite(bytes([i + 1]) * 1000, i * 131072 + 7)
+for _ in range(20):
+    try:
+        client.flush()
+    except nbd.Error as error:
+        assert error.errnum == errno.ENOSPC, error.errno
+    else:
+        raise SystemExit("a flush succeeded that stored nothing")
+with open(waits, "w") as fifo:
+    fifo.write("\n")
+with open(go_on) as fifo:
+    fifo.read()
+client.flush()
+client.shutdown()
+END
+    client=$!
+
+    read -r _ <"$work/waits"
+    told=$(refusals)
+    # Each unit once, one more for each further flush, and one every five seconds.
+    if [ "$told" -lt 219 ] || [ "$told" -gt 320 ]; then
+        fail "$writers writers: 200 units and 20 flushes made storage refuse $told times"
+    fi
+    rm "$work/full"
+    if [ "$writers" -gt 0 ]; then
+        wait_until 60 all_stored || fail "refused bytes are not stored though there is room again"
+    fi
+    echo >"$work/go-on"
+    wait "$client"
+    all_stored || fail "not stored by a flush that succeeded"
+    stop_nbdkit server
+    ! grep 'lost' "$work/server.err" || fail "bytes were lost"
+done
