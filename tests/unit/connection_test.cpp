@@ -179,6 +179,7 @@ TEST_CASE("refused bytes of a connection with a disk of its own are reported los
     client.write(unit, pattern(321, 1));
   }
   CHECK(serving.lost == 321);
+  serving.stop_writers();
   CHECK(serving.budget().used() == 0);
 }
 

@@ -23,14 +23,7 @@ public:
   /// `memory` in bytes; `retry` as in `WriteCache::Settings`.
   Serving(std::size_t memory, unsigned writers,
           std::chrono::milliseconds retry = qcowcache::WriteCache::Settings().retry)
-      : budget_(memory),
-        exports_({std::nullopt, std::uint64_t{1024} * 1024, std::chrono::milliseconds(50),
-                  writers > 0 ? &writeback_ : nullptr,
-                  [this](const std::string&, const qcowcache::Unsaved& unsaved) {
-                    lost += unsaved.bytes;
-                  },
-                  retry},
-                 budget_) {
+      : budget_(memory), exports_(settings(writers, retry), budget_) {
     writeback_.start(writers);
   }
   Serving(const Serving&) = delete;
@@ -42,10 +35,23 @@ public:
 
   [[nodiscard]] qcowcache::Exports& exports() noexcept { return exports_; }
   [[nodiscard]] qcowcache::MemoryBudget& budget() noexcept { return budget_; }
+  /// Afterwards no background writer holds on to a cache any more.
+  void stop_writers() noexcept { writeback_.stop(); }
   /// Bytes that were reported lost.
   std::atomic<std::uint64_t> lost = 0;
 
 private:
+  qcowcache::Export::Settings settings(unsigned writers, std::chrono::milliseconds retry) {
+    qcowcache::Export::Settings settings;
+    settings.expire = std::chrono::milliseconds(50);
+    settings.writeback = writers > 0 ? &writeback_ : nullptr;
+    settings.report_loss = [this](const std::string&, const qcowcache::Unsaved& unsaved) {
+      lost += unsaved.bytes;
+    };
+    settings.retry = retry;
+    return settings;
+  }
+
   qcowcache::MemoryBudget budget_;
   qcowcache::Writeback writeback_;
   qcowcache::Exports exports_;
