@@ -69,6 +69,18 @@ diff -u "$work/in-help" "$work/in-readme" || fail "README's parameters or defaul
 sed -n '/^=head1 SYNOPSIS/,/^=head1 DESCRIPTION/s/^ *\[qcowcache-\([a-z-]*\)=.*/\1/p' "$manual" | sort |
     diff -u "$work/taken" - || fail "the man page's synopsis differs"
 
+# The keys of the JSON report.
+start_nbdkit report --filter="$FILTER" null 1M qcowcache-stats="$work/report.json"
+nbdinfo --size "$(uri report)" >/dev/null
+stop_nbdkit report
+jq -r 'keys[], (.total | keys[])' "$work/report.json" | sort -u >"$work/keys"
+sed -n '/^=head1 STATISTICS/,/^=head1 WHERE/s/^=item C<\(.*\)>$/\1/p' "$manual" | sort -u |
+    diff -u "$work/keys" - || fail "the man page's keys of the report are not those of the report"
+jq -r '.total.partial_units | keys[]' "$work/report.json" |
+    while read -r cause; do
+        grep -q "C<$cause>" "$manual" || fail "the man page does not name the cause $cause"
+    done
+
 # Tests that are pointed to.
 grep -o -h -E '(tests/[a-z]+/)?(test-[a-z0-9-]+\.sh|[a-z0-9_]+_test\.cpp)' "$manual" "$readme" |
     sed 's|.*/||' | sort -u >"$work/tests-named"

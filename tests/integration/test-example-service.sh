@@ -35,8 +35,9 @@ grep -q -F "$socket" "$manual" || fail "the man page does not name $socket"
 
 # activate USER: what systemd does. Opens the socket, waits for a client, and
 # becomes the service's command, as that user.
-mkdir "$work/images"
-places+=(-e "s|$directory|$work/images|" -e "s|$socket|$work/service.sock|")
+mkdir "$work/images" "$work/run"
+report=/run/$(setting service RuntimeDirectory)
+places+=(-e "s|$directory|$work/images|" -e "s|$report|$work/run|")
 activate ()
 {
     rm -f "$work/service.sock"
@@ -75,12 +76,14 @@ user=nobody
 chmod 711 "$work"
 
 truncate -s 64M "$work/images/disk.qcow2"
-chown "$user" "$work/images" "$work/images/disk.qcow2"
+chown "$user" "$work/images" "$work/images/disk.qcow2" "$work/run"
 activate "$user"
 convert "$work/source" "nbd+unix:///disk.qcow2?socket=$work/service.sock" 64k zstd
 [ "$(stat -c %U "/proc/${server_pid[service]}")" = "$user" ] || fail "not as $user"
 stop_nbdkit service
 image_holds "$work/images/disk.qcow2" "$work/source"
+grep -q '^qcowcache_lost_bytes_total{server="backup",export="disk.qcow2"} 0$' "$work/run/backup.prom" ||
+    fail "no report: $(cat "$work/run/backup.prom")"
 
 # A client that is still there at the end and has not flushed.
 truncate -s 0 "$work/images/disk.qcow2"
