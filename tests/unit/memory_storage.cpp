@@ -1,6 +1,7 @@
 #include "memory_storage.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <iterator>
 
 using qcowcache::ByteRange;
@@ -45,8 +46,10 @@ void MemoryDisk::flush() {
 
 bool MemoryDisk::all_zeros(const ByteRange& range) const {
   const std::lock_guard lock(mutex_);
-  return std::all_of(at(now_, range.begin), at(now_, range.end),
-                     [](std::byte byte) { return byte == std::byte{0}; });
+  // As fast as memcmp is: under sanitizers a loop over single bytes takes most of a test's time.
+  const std::span<const std::byte> bytes = std::span(now_).subspan(range.begin, range.size());
+  return bytes.empty() || (bytes.front() == std::byte{0} &&
+                           std::memcmp(bytes.data(), bytes.data() + 1, bytes.size() - 1) == 0);
 }
 
 std::vector<std::byte> MemoryDisk::now() const {
