@@ -43,11 +43,10 @@ find profiles -name '*.profraw' -size +0 >profiles/list
 llvm-profdata merge -sparse --failure-mode=all --input-files=profiles/list -o profiles/merged
 
 objects=(build/tests/unit-tests -object build/filter/.libs/nbdkit-qcowcache-filter.so)
-options=(-instr-profile=profiles/merged)
-files=(source/filter)
+options=(-instr-profile=profiles/merged -ignore-filename-regex='/tests/|^/usr/')
 llvm-cov show "${objects[@]}" "${options[@]}" -format=html -output-dir=html \
-  -show-branches=count "${files[@]}" >/dev/null
-llvm-cov export "${objects[@]}" "${options[@]}" -summary-only "${files[@]}" >summary.json
+  -show-branches=count >/dev/null
+llvm-cov export "${objects[@]}" "${options[@]}" -summary-only >summary.json
 
 jq -r '
   def row: [.name, .of.lines.count, .of.lines.count - .of.lines.covered, .of.lines.percent,
