@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Sixteen connections to each of eight exports, over storage that is now quick,
+# now slow, and refuses some requests.  Half of the clients die without goodbye,
+# and others take their place.  Nobody waits forever, memory does not grow, and
+# every byte is right whenever all pause: see load_client.py.
+#
+# A client that dies leaves no more than one request unanswered: nbdkit 1.32.5
+# itself aborts, with or without filters, when it has several answers for a
+# client that is gone.
+#
+#   LOAD_SECONDS=N      how long the clients work (40); an hour is fine, too
+#   LOAD_CONNECTIONS=N  to each export (16)
+#   LOAD_PATIENCE=N     seconds that an answer may take before the test fails and
+#                       prints what each thread of nbdkit is waiting for (60)
+#   SEED=N              repeat a run, as far as its timing allows
+
+# shellcheck source-path=SCRIPTDIR source=functions.sh
+source "$(dirname "$0")/functions.sh"
+set -e
+
+: "${LOAD_SECONDS:=40}" "${LOAD_CONNECTIONS:=16}" "${LOAD_PATIENCE:=60}" "${SEED:=$RANDOM}"
+size=$((4 * 1024 * 1024 + 777))
+cluster_bits=(16 12 16 18 16 20 9 16)
+# What nbdkit itself needs: some stack and a buffer for each thread.  A sanitizer
+# needs much more, and finds what is not freed in its own way.
+most_memory=$((8192 + 65536 + LOAD_CONNECTIONS * 8 * 1024))
+slack=49152
+if [ -n "${NBDKIT_PRELOAD:-}" ]; then most_memory=0; fi
+
+# load WHAT SECONDS CLIENT-OPTION FILTER PARAMETER...: a FILTER of nbdkit's, or none
+load ()
+{
+    local what=$1 seconds=$2 option=$3 filter=$4 number
+    shift 4
+    echo "$what: SEED=$SEED"
+    rm -rf "$work/exports"
+    mkdir "$work/exports"
+    for number in "${!cluster_bits[@]}"; do
+        fresh_file "$work/exports/$number" "$size"
+        write_header "$work/exports/$number" "${cluster_bits[number]}"
+    done
+    echo 4G >"$work/rate"
+    start_nbdkit server --filter="$FILTER" ${filter:+"--filter=$filter"} \
+        --filter=error --filter=delay --filter=rate file dir="$work/exports" "$@" qcowcache-size=8M qcowcache-expire=1 \
+        rdelay=1ms wdelay=2ms rate-file="$work/rate" error-file="$work/refuse"
+    "$PYTHON" "$(dirname "$0")/load_client.py" --server "${server_pid[server]}" \
+        --socket "$work/server.sock" --directory "$work/exports" --rate-file "$work/rate" \
+        --error-file "$work/refuse" --seed "$SEED" --size "$size" --seconds "$seconds" \
+        --exports "${#cluster_bits[@]}" --connections "$LOAD_CONNECTIONS" ${option:+"$option"} \
+        --patience "$LOAD_PATIENCE" --most-memory "$most_memory" --memory-slack "$slack" ||
+        fail "$what: SEED=$SEED"
+    stop_nbdkit server
+    if grep -i 'qcowcache.*\(lost\|not stored\)' "$work/server.err"; then
+        fail "$what: bytes are lost"
+    fi
+}
+
+load "connections that share a cache" $((LOAD_SECONDS * 6 / 10)) --shared "" \
+    error-pread=EIO error-pread-rate=1% error-pwrite=ENOSPC error-pwrite-rate=2% \
+    error-zero=EIO error-zero-rate=5% error-trim=EIO error-trim-rate=5%
+# What storage refuses when one of these ends is lost, and reported: so here it
+# only refuses what is not cached.
+load "connections that share nothing" $((LOAD_SECONDS * 4 / 10)) "" multi-conn \
+    multi-conn-mode=disable \
+    error-zero=EIO error-zero-rate=5% error-trim=EIO error-trim-rate=5%
