@@ -74,6 +74,36 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *, std::size_t) { retur
 AC_SUBST([FUZZER_LDFLAGS])
 AM_CONDITIONAL([FUZZING], [test "x$enable_fuzzing" = xyes])])
 
+# QCOWCACHE_SANITIZER_RUNTIME
+# nbdkit is built without sanitizers, so its tests preload what it takes. clang's runtime is not a
+# library of its own by default.
+AC_DEFUN([QCOWCACHE_SANITIZER_RUNTIME],
+[AC_MSG_CHECKING([for a runtime of the sanitizers that nbdkit can preload])
+SANITIZER_RUNTIME=
+AC_COMPILE_IFELSE([AC_LANG_PROGRAM([[
+#ifdef __clang__
+#error "it has another runtime"
+#endif
+]])],
+  [for qcowcache_sanitizer in `AS_ECHO([$enable_sanitizers]) | tr , ' '`; do
+    AS_CASE([$qcowcache_sanitizer],
+      [address], [qcowcache_runtime=libasan.so],
+      [leak], [qcowcache_runtime=liblsan.so],
+      [thread], [qcowcache_runtime=libtsan.so],
+      [qcowcache_runtime=libubsan.so])
+    qcowcache_file=`$CXX -print-file-name=$qcowcache_runtime`
+    AS_CASE([$qcowcache_runtime],
+      [libubsan.so], [SANITIZER_RUNTIME=${SANITIZER_RUNTIME:+$SANITIZER_RUNTIME:}$qcowcache_file],
+      [SANITIZER_RUNTIME=$qcowcache_file${SANITIZER_RUNTIME:+:$SANITIZER_RUNTIME}]) # must come first
+  done])
+AS_CASE([:$SANITIZER_RUNTIME],
+  [: | *:lib*],
+  [SANITIZER_RUNTIME=
+  AC_MSG_RESULT([no])
+  AC_MSG_WARN([nbdkit will not be tested with sanitizers: they need a runtime of g++'s])],
+  [AC_MSG_RESULT([$SANITIZER_RUNTIME])])
+AC_SUBST([SANITIZER_RUNTIME])])
+
 # QCOWCACHE_SANITIZERS
 AC_DEFUN([QCOWCACHE_SANITIZERS],
 [AC_ARG_ENABLE([sanitizers],
@@ -81,7 +111,8 @@ AC_DEFUN([QCOWCACHE_SANITIZERS],
     [build with -fsanitize=LIST: address,undefined or thread])],
   [], [enable_sanitizers=no])
 AS_CASE([$enable_sanitizers],
-  [no], [SANITIZER_FLAGS=],
+  [no], [SANITIZER_FLAGS=
+  SANITIZER_RUNTIME=],
   [yes], [AC_MSG_ERROR([--enable-sanitizers needs a list, as in: --enable-sanitizers=address,undefined])],
   [SANITIZER_FLAGS="-fsanitize=$enable_sanitizers -fno-sanitize-recover=all -fno-omit-frame-pointer"
   AC_MSG_CHECKING([whether $CXX takes -fsanitize=$enable_sanitizers])
@@ -92,10 +123,12 @@ AS_CASE([$enable_sanitizers],
     [AC_MSG_RESULT([no])
     AC_MSG_ERROR([$CXX cannot build with -fsanitize=$enable_sanitizers])])
   CXXFLAGS=$qcowcache_saved_CXXFLAGS
+  QCOWCACHE_SANITIZER_RUNTIME
   QCOWCACHE_SUMMARY="
-  sanitizers        $enable_sanitizers (unit tests only: nbdkit itself is not built with them)"])
+  sanitizers        $enable_sanitizers"])
 AC_SUBST([SANITIZER_FLAGS])
-AM_CONDITIONAL([SANITIZERS], [test "x$enable_sanitizers" != xno])])
+AM_CONDITIONAL([SANITIZERS], [test "x$enable_sanitizers" != xno])
+AM_CONDITIONAL([PRELOADED_SANITIZERS], [test "x$SANITIZER_RUNTIME" != x])])
 
 # QCOWCACHE_LINKER
 AC_DEFUN([QCOWCACHE_LINKER],

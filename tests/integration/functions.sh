@@ -21,6 +21,8 @@
 #   LONG=1             full-sized inputs
 #   KEEP=1             leave $work behind, and print where it is
 #   TEST_TIMEOUT=SECS  a test that takes longer has failed (900)
+#   NBDKIT_PRELOAD     libraries for nbdkit alone: the runtime of the sanitizers
+#                      that the filter was built with, whose reports fail a test
 
 set -e -u -o pipefail
 
@@ -121,6 +123,56 @@ wait_until ()
     done
 }
 
+# Cleans up after run_nbdkit_under: what nbdkit was found guilty of fails the test.
+fail_on_reports ()
+{
+    local report
+    for report in "$work/report."*; do
+        if [ -s "$report" ]; then
+            cat "$report" >&2
+            echo "$(basename "$0"): FAILED: see the report above" >&2
+            # That of run_cleanup_hooks.
+            # shellcheck disable=SC2034
+            status=1
+        fi
+    done
+}
+
+# run_nbdkit_under COMMAND...: from here on the program nbdkit is run by COMMAND,
+# and no other program is.  The test fails if it writes to $work/report.SOMETHING.
+run_nbdkit_under ()
+{
+    local quoted nbdkit
+    nbdkit=$(command -v nbdkit)
+    printf -v quoted '%q ' "$@" "$nbdkit"
+    mkdir "$work/bin"
+    printf '#!/bin/bash\nexec %s "$@"\n' "$quoted" >"$work/bin/nbdkit"
+    chmod +x "$work/bin/nbdkit"
+    PATH=$work/bin:$PATH
+    cleanup_fn fail_on_reports
+}
+
+suppressions=$(realpath "$(dirname "${BASH_SOURCE[0]}")/../suppressions")
+if [ -n "${NBDKIT_PRELOAD:-}" ]; then
+    # gnutls brings p11-kit.  Initialised behind a sanitizer's runtime, but not first
+    # of all others, it leaves a lock of the C library such that nbdkit never ends.
+    preloaded=$NBDKIT_PRELOAD
+    plugins=$(nbdkit --dump-config | sed -n 's/^plugindir=//p')
+    for module in $(ldd "$(command -v nbdkit)" | awk '$1 ~ /^libp11-kit/ { print $3 }') "$FILTER" \
+        "$(nbdkit --dump-config | sed -n 's/^filterdir=//p')"/*.so \
+        "$plugins/nbdkit-"{file,memory}-plugin.so; do
+        # What nbdkit unloads before leaks are looked for stays, with its name.
+        preloaded+=:$module
+    done
+    # Whose a leak is decides who allocated it, not who called that: so the stack
+    # of an allocation ends there (malloc_context_size).
+    run_nbdkit_under env LD_PRELOAD="$preloaded" \
+        ASAN_OPTIONS="log_path=$work/report:malloc_context_size=2:quarantine_size_mb=32" \
+        LSAN_OPTIONS="suppressions=$suppressions/leak.supp:print_suppressions=0" \
+        UBSAN_OPTIONS="log_path=$work/report:print_stacktrace=1" \
+        TSAN_OPTIONS="log_path=$work/report:suppressions=$suppressions/thread.supp:history_size=4"
+fi
+
 declare -A server_pid=()
 
 server_has_ended () { ! kill -0 "${server_pid[$1]}" 2>/dev/null; }
@@ -173,7 +225,10 @@ uri ()
 end_of_nbdkit ()
 {
     local status=0
-    wait_until 60 server_has_ended "$1" || fail "nbdkit $1 does not end"
+    if ! wait_until 60 server_has_ended "$1"; then
+        bash "$(dirname "${BASH_SOURCE[0]}")/print-stacks.sh" "${server_pid[$1]}" >&2
+        fail "nbdkit $1 does not end"
+    fi
     wait "${server_pid[$1]}" || status=$?
     if [ "$status" -ne 0 ]; then
         tail -n 20 "$work/$1.err" >&2
