@@ -1,0 +1,60 @@
+#include "model_bytes.hpp"
+
+#include <algorithm>
+
+using qcowcache::ByteRange;
+
+void ModelBytes::close(const ByteRange& range) {
+  for (Alternative& alternative : alternatives_)
+    alternative.open.remove(range);
+  std::erase_if(alternatives_,
+                [](const Alternative& alternative) { return alternative.open.empty(); });
+}
+
+void ModelBytes::resize(std::uint64_t size) {
+  close({size, UINT64_MAX});
+  bytes_.resize(size);
+}
+
+void ModelBytes::is(std::uint64_t offset, std::span<const std::byte> data) {
+  std::ranges::copy(data, bytes_.begin() + static_cast<std::ptrdiff_t>(offset));
+  close({offset, offset + data.size()});
+}
+
+void ModelBytes::may_be(std::uint64_t offset, std::span<const std::byte> data) {
+  if (data.empty())
+    return;
+  Alternative& alternative = alternatives_.emplace_back();
+  alternative.offset = offset;
+  alternative.data.assign(data.begin(), data.end());
+  alternative.open.add({offset, offset + data.size()});
+}
+
+void ModelBytes::seen(std::uint64_t offset, std::span<const std::byte> data) {
+  const ByteRange range{offset, offset + data.size()};
+  const bool in_doubt = std::ranges::any_of(alternatives_, [&](const Alternative& alternative) {
+    return alternative.open.overlaps(range);
+  });
+  if (in_doubt)
+    is(offset, data);
+}
+
+bool ModelBytes::allows(std::uint64_t offset, std::byte value) const noexcept {
+  return bytes_[offset] == value ||
+         std::ranges::any_of(alternatives_, [&](const Alternative& alternative) {
+           return alternative.open.contains({offset, offset + 1}) &&
+                  alternative.data[offset - alternative.offset] == value;
+         });
+}
+
+std::optional<std::uint64_t> ModelBytes::first_wrong(std::uint64_t offset,
+                                                     std::span<const std::byte> data) const {
+  const auto expected = std::span(bytes_).subspan(offset, data.size());
+  if (std::ranges::equal(expected, data))
+    return std::nullopt;
+  for (std::size_t i = 0; i < data.size(); ++i) {
+    if (expected[i] != data[i] && !allows(offset + i, data[i]))
+      return offset + i;
+  }
+  return std::nullopt;
+}

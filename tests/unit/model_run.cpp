@@ -1,0 +1,725 @@
+#include "model_run.hpp"
+
+#include "connection.hpp"
+#include "export.hpp"
+#include "image_bytes.hpp"
+#include "memory_budget.hpp"
+#include "model_bytes.hpp"
+#include "model_storage.hpp"
+#include "writeback.hpp"
+
+#include <algorithm>
+#include <cerrno>
+#include <functional>
+#include <memory>
+#include <set>
+#include <system_error>
+#include <vector>
+
+using namespace qcowcache;
+
+namespace {
+
+using Bytes = std::vector<std::byte>;
+
+/// The bytes before which, without a common cache, all belong to the first connection.
+constexpr std::uint64_t header_end = 512;
+/// No step needs so many calls of storage.
+constexpr std::uint64_t endless = 200000;
+
+/// What `value` writes at `offset`: other values at neighbouring offsets, and zeros for 0.
+Bytes bytes_of(std::uint64_t value, const ByteRange& range) {
+  Bytes bytes(range.size());
+  if (value != 0) {
+    for (std::uint64_t i = 0; i < bytes.size(); ++i)
+      bytes[i] = static_cast<std::byte>(1 + (value * 37 + range.begin + i) % 255);
+  }
+  return bytes;
+}
+
+std::string text_of(const ByteRange& range) {
+  return std::to_string(range.begin) + "-" + std::to_string(range.end);
+}
+
+std::string hexadecimal(std::byte byte) {
+  constexpr const char* digits = "0123456789abcdef";
+  const auto value = std::to_integer<unsigned>(byte);
+  return {digits[value / 16], digits[value % 16]};
+}
+
+class Run final : public ModelWatch {
+public:
+  explicit Run(const ModelSequence& sequence)
+      : sequence_(sequence), setup_(sequence.setup), budget_(setup_.memory),
+        exports_(settings(), budget_), most_used_(setup_.memory), next_size_(setup_.size) {
+    for (std::uint64_t i = 0; i < setup_.connections; ++i) {
+      views_.push_back(fresh_view());
+      clients_.emplace_back();
+    }
+  }
+  Run(const Run&) = delete;
+  Run& operator=(const Run&) = delete;
+  ~Run() override = default;
+
+  std::optional<ModelFailure> result() {
+    for (std::size_t i = 0; i < sequence_.steps.size() && broken_.empty(); ++i) {
+      at_ = i;
+      begin_step(sequence_.steps[i]);
+      carry_out(sequence_.steps[i]);
+      check_budget();
+    }
+    if (broken_.empty()) {
+      at_ = sequence_.steps.size();
+      static const ModelStep nothing_fails;
+      begin_step(nothing_fails);
+      standing_ = {};
+      finish();
+    }
+    if (broken_.empty())
+      return std::nullopt;
+    return ModelFailure{at_, broken_};
+  }
+
+private:
+  struct View {
+    std::shared_ptr<ModelDisk> disk;
+    ModelBytes model;
+  };
+  struct Client {
+    std::unique_ptr<Connection> connection;
+    /// Owned by the connection.
+    ModelStorage* storage = nullptr;
+    bool cached_before = false;
+  };
+
+  Export::Settings settings() {
+    Export::Settings settings;
+    if (setup_.cluster != 0)
+      settings.cluster_size = setup_.cluster;
+    settings.max_write = setup_.max_write;
+    if (setup_.expire)
+      settings.expire = std::chrono::milliseconds(0);
+    settings.writeback = setup_.background ? &writeback_ : nullptr;
+    settings.report_loss = [this](const std::string& /*name*/, const Unsaved& lost) {
+      lost_.add(lost.ranges);
+    };
+    return settings;
+  }
+
+  View fresh_view() {
+    const Bytes initial = bytes_of(setup_.filled ? 251 : 0, {0, next_size_});
+    return {std::make_shared<ModelDisk>(initial), ModelBytes(initial)};
+  }
+
+  [[nodiscard]] Capabilities capabilities(std::uint64_t size, bool read_only) const {
+    Capabilities result;
+    result.size = size;
+    result.minimum = static_cast<std::uint32_t>(setup_.minimum);
+    result.preferred = static_cast<std::uint32_t>(setup_.preferred);
+    result.maximum = static_cast<std::uint32_t>(setup_.maximum);
+    result.can_write = !read_only;
+    result.can_flush = setup_.can_flush;
+    result.can_trim = setup_.can_trim;
+    result.can_zero = setup_.can_zero;
+    result.can_fast_zero = setup_.can_fast_zero;
+    result.can_extents = setup_.can_extents;
+    result.can_cache = setup_.can_cache;
+    result.can_multi_conn = setup_.sharing == Sharing::cache;
+    result.fua = setup_.fua == ModelFua::none      ? Fua::none
+                 : setup_.fua == ModelFua::emulate ? Fua::emulate
+                                                   : Fua::native;
+    return result;
+  }
+
+  // ---- What a step finds
+
+  void begin_step(const ModelStep& step) {
+    step_ = &step;
+    matching_calls_ = 0;
+    calls_ = 0;
+    fired_.clear();
+    trimmed_.clear();
+    lost_.clear();
+    for (Client& client : clients_)
+      client.cached_before = client.connection && client.connection->cache().caching();
+  }
+
+  void breaks(const std::string& promise) {
+    if (broken_.empty())
+      broken_ = promise;
+  }
+
+  [[nodiscard]] View& view_of(std::uint64_t client) {
+    return views_[setup_.sharing == Sharing::nothing ? client : 0];
+  }
+  [[nodiscard]] bool owns(std::uint64_t client, std::uint64_t offset) const {
+    if (setup_.sharing != Sharing::disk)
+      return true;
+    return client == (offset < header_end ? 0 : offset / setup_.stripe % setup_.connections);
+  }
+  /// From the start of `range`, as far as one and the same client owns it.
+  [[nodiscard]] ByteRange first_of_one_owner(const ByteRange& range) const {
+    if (setup_.sharing != Sharing::disk)
+      return range;
+    const std::uint64_t border =
+        range.begin < header_end ? header_end : (range.begin / setup_.stripe + 1) * setup_.stripe;
+    return {range.begin, std::min(range.end, border)};
+  }
+  /// Calls `visit` for the parts of `range` that `client` owns, and those that it does not.
+  template <typename Visit>
+  void for_each_owned(std::uint64_t client, const ByteRange& range, Visit visit) const {
+    for (ByteRange rest = range; !rest.empty();) {
+      const ByteRange part = first_of_one_owner(rest);
+      visit(part, owns(client, part.begin));
+      rest.begin = part.end;
+    }
+  }
+
+  /// What the step's range is for a connection that sees so much; empty: nothing to do.
+  [[nodiscard]] ByteRange range_of(const ModelStep& step, bool changes) const {
+    const Connection& connection = *clients_[step.connection].connection;
+    const ByteRange range = ByteRange{step.offset, step.offset + step.length}.intersection(
+        {0, connection.capabilities().size});
+    if (range.empty() || !changes)
+      return range;
+    if (!connection.capabilities().can_write || !owns(step.connection, range.begin))
+      return {};
+    return first_of_one_owner(range);
+  }
+
+  // ---- What reaches storage
+
+  Verdict judge(const ModelCall& call) override {
+    ++calls_;
+    if (calls_ > endless) {
+      breaks("storage is called without end");
+      throw std::runtime_error("endless");
+    }
+    check_shape(call);
+    if (call.kind == Fails::write)
+      check_content(call);
+    if (call.kind == Fails::trim)
+      trimmed_.add(call.range);
+    check_budget();
+
+    const auto refuse = [&](const ModelStep& step) {
+      fired_.insert(static_cast<int>(step.error));
+      return Verdict{static_cast<int>(step.error), step.torn, false};
+    };
+    if (call.kind == Fails::write && ++writes_ == setup_.loses_write)
+      return {0, false, true};
+    const auto concerns = [&](const ModelStep& step) {
+      return step.fails == Fails::any || step.fails == call.kind;
+    };
+    if (step_->kind != StepKind::breaks && concerns(*step_) && ++matching_calls_ == step_->nth)
+      return refuse(*step_);
+    for (const ModelStep& fault : standing_) {
+      if (concerns(fault))
+        return refuse(fault);
+    }
+    return {};
+  }
+
+  void check_shape(const ModelCall& call) {
+    const Client& client = clients_[call.connection];
+    const Capabilities& can = client.connection->capabilities();
+    const auto wrong = [&](const char* what) {
+      breaks(std::string("storage was called wrongly: ") + what + ": " + text_of(call.range));
+    };
+    const bool allowed = call.kind == Fails::write     ? can.can_write
+                         : call.kind == Fails::zero    ? can.can_write && can.can_zero
+                         : call.kind == Fails::trim    ? can.can_write && can.can_trim
+                         : call.kind == Fails::flush   ? can.can_flush
+                         : call.kind == Fails::extents ? can.can_extents
+                         : call.kind == Fails::cache   ? can.can_cache
+                                                       : true;
+    if (!allowed)
+      wrong("it cannot do that");
+    if (call.fua && can.fua == Fua::none)
+      wrong("it has no FUA");
+    if (call.fast && !can.can_fast_zero)
+      wrong("it has no fast zero");
+    if (call.kind == Fails::flush)
+      return;
+    if (call.range.empty())
+      wrong("nothing");
+    if (call.range.end > can.size)
+      wrong("past the end");
+    if (call.range.size() > can.maximum)
+      wrong("larger than the maximum");
+    const auto fits = [&](std::uint64_t alignment) {
+      return call.range.begin % alignment == 0 &&
+             (call.range.end % alignment == 0 || call.range.end == can.size);
+    };
+    if (!fits(can.minimum))
+      wrong("not in whole blocks of the minimum size");
+    const bool fill_up = call.kind == Fails::read && !reading_;
+    const bool caching = client.cached_before && client.connection->cache().caching();
+    if (caching && (call.kind == Fails::write || fill_up) && !fits(can.write_alignment()))
+      wrong("not aligned");
+  }
+
+  /// What a write brings that storage does not have is what some client wrote.
+  void check_content(const ModelCall& call) {
+    const View& view = view_of(call.connection);
+    const auto now = view.disk->now(call.range);
+    for (std::size_t i = 0; i < call.data.size(); ++i) {
+      const std::uint64_t offset = call.range.begin + i;
+      const bool written = owns(call.connection, offset) && view.model.allows(offset, call.data[i]);
+      if (call.data[i] != now[i] && !written) {
+        breaks("invented: byte " + std::to_string(offset) + " is written as " +
+               hexadecimal(call.data[i]) + ", storage has " + hexadecimal(now[i]) +
+               ", clients wrote " + hexadecimal(view.model.at(offset)));
+        return;
+      }
+    }
+  }
+
+  void check_budget() {
+    const std::size_t used = budget_.used();
+    if (used > most_used_)
+      breaks("memory: " + std::to_string(used) + " bytes used, " + std::to_string(most_used_) +
+             " allowed");
+    most_used_ = std::min(most_used_, std::max(used, budget_.limit()));
+  }
+
+  // ---- What clients are told
+
+  /// Sends a request; returns errno, or 0. A failure must have a reason.
+  int request(std::uint64_t client, const std::function<void(WriteCache&, Storage&)>& work,
+              int excused = 0) {
+    try {
+      const Connection::InUse in_use = clients_[client].connection->in_use();
+      work(in_use.cache, in_use.use.storage());
+      return 0;
+    } catch (const std::system_error& error) {
+      const int code = error.code().value();
+      if (!fired_.contains(code) && code != excused)
+        breaks(std::string("failed for no reason: ") + error.what());
+      return code != 0 ? code : EIO;
+    } catch (const std::exception& error) {
+      breaks(std::string("failed: ") + error.what());
+      return EIO;
+    }
+  }
+
+  void compare(std::uint64_t client, const char* where, std::uint64_t offset,
+               std::span<const std::byte> data) {
+    View& view = view_of(client);
+    if (const auto wrong = view.model.first_wrong(offset, data)) {
+      breaks(std::string(where) + ": byte " + std::to_string(*wrong) + " is " +
+             hexadecimal(data[*wrong - offset]) + " instead of " +
+             hexadecimal(view.model.at(*wrong)));
+      return;
+    }
+    view.model.seen(offset, data);
+  }
+
+  void check_read(std::uint64_t client, const ByteRange& range, std::span<const std::byte> data) {
+    const ModelDisk& disk = *view_of(client).disk;
+    for_each_owned(client, range, [&](const ByteRange& part, bool own) {
+      const auto found = data.subspan(part.begin - range.begin, part.size());
+      if (own)
+        compare(client, "read", part.begin, found);
+      else if (!std::ranges::equal(found, disk.now(part)))
+        breaks("read: " + text_of(part) + " is not what another connection has stored");
+    });
+  }
+
+  /// What the client owns in `range` is on storage, to stay if `durable`.
+  void check_stored(std::uint64_t client, const char* where, const ByteRange& range, bool durable) {
+    const ModelDisk& disk = *view_of(client).disk;
+    for_each_owned(client, range, [&](const ByteRange& part, bool own) {
+      if (own)
+        compare(client, where, part.begin, durable ? disk.durable(part) : disk.now(part));
+    });
+  }
+
+  void write(std::uint64_t client, std::uint64_t offset, const Bytes& data, bool fua) {
+    View& view = view_of(client);
+    const ByteRange range{offset, offset + data.size()};
+    const auto caching = [&] { return clients_[client].connection->cache().caching(); };
+    const bool through = !caching() && !range.overlaps({0, header_end});
+    view.model.may_be(offset, data);
+    const int error = request(client, [&](WriteCache& cache, Storage& storage) {
+      cache.write(storage, offset, data, fua);
+    });
+    if (error != 0)
+      return;
+    view.model.is(offset, data);
+    if (fua)
+      check_stored(client, "stored by FUA", range, true);
+    // A refusal makes the cache look for the header anew, so that it may have cached meanwhile.
+    if (through && !caching() && fired_.empty())
+      check_stored(client, "passed through", range, false);
+  }
+
+  void read(std::uint64_t client, const ByteRange& range) {
+    Bytes data(range.size());
+    reading_ = true;
+    const int error = request(client, [&](WriteCache& cache, Storage& storage) {
+      cache.read(storage, range.begin, data);
+    });
+    reading_ = false;
+    if (error == 0)
+      check_read(client, range, data);
+  }
+
+  void zero(const ModelStep& step, const ByteRange& range) {
+    const Bytes zeros(range.size());
+    if (!setup_.can_zero) {
+      write(step.connection, range.begin, zeros, step.fua); // nbdkit does the same
+      return;
+    }
+    View& view = view_of(step.connection);
+    const Storage::ZeroOptions options{step.may_trim, step.fua, step.fast && setup_.can_fast_zero};
+    const bool slow = align_inward(range, setup_.minimum) != range ||
+                      clients_[step.connection].storage->pieces(range) != 1;
+    const ModelBytes before = view.model;
+    view.model.may_be(range.begin, zeros);
+    const int error = request(
+        step.connection,
+        [&](WriteCache& cache, Storage& storage) { cache.zero(storage, range, options); },
+        options.fast && slow ? ENOTSUP : 0);
+    if (options.fast && slow && fired_.empty()) {
+      if (error == 0)
+        breaks("a fast zero that cannot be one did not fail");
+      view.model = before;
+    } else if (error == 0) {
+      view.model.is(range.begin, zeros);
+      if (step.fua)
+        check_stored(step.connection, "zeroed by FUA", range, true);
+    }
+  }
+
+  void trim(const ModelStep& step, const ByteRange& range) {
+    View& view = view_of(step.connection);
+    const ByteRange blocks = align_inward(range, setup_.minimum);
+    const int error = request(step.connection, [&](WriteCache& cache, Storage& storage) {
+      cache.trim(storage, range, step.fua);
+    });
+    if (error != 0) {
+      // A part may have been done. Bytes that storage lacks are not lost by it.
+      for (const ByteRange& part : trimmed_.inside(blocks))
+        view.model.may_be(part.begin, view.disk->now(part));
+      return;
+    }
+    view.model.is(blocks.begin, view.disk->now(blocks));
+    const auto is_zero = [](std::byte byte) { return byte == std::byte{0}; };
+    if (setup_.trims == Trims::zeros && !std::ranges::all_of(view.disk->now(blocks), is_zero))
+      breaks("trim: " + text_of(blocks) + " was not trimmed");
+    if (step.fua)
+      check_stored(step.connection, "trimmed by FUA", blocks, true);
+  }
+
+  void extents(const ModelStep& step, const ByteRange& range) {
+    Storage::Extents found;
+    const int error = request(step.connection, [&](WriteCache& cache, Storage& storage) {
+      found = cache.extents(storage, range, step.first);
+    });
+    if (error != 0)
+      return;
+    std::uint64_t position = range.begin;
+    for (const Storage::Extent& extent : found) {
+      if (extent.range.begin != position || extent.range.empty() || extent.range.end > range.end)
+        breaks("extents: " + text_of(extent.range) + " does not follow " +
+               std::to_string(position));
+      position = extent.range.end;
+    }
+    if (position == range.begin)
+      breaks("extents: none");
+    if (!broken_.empty())
+      return;
+    for (const Storage::Extent& extent : found) {
+      if (extent.type == Storage::ExtentType::zero ||
+          extent.type == Storage::ExtentType::hole_and_zero)
+        check_read(step.connection, extent.range, Bytes(extent.range.size()));
+    }
+  }
+
+  void hint(const ModelStep& step, const ByteRange& range) {
+    if (!setup_.can_cache)
+      return;
+    request(step.connection, [&](WriteCache& /*cache*/, Storage& storage) {
+      storage.cache(align_outward(range, setup_.minimum));
+    });
+  }
+
+  [[nodiscard]] bool within_reach(std::uint64_t client) const {
+    const Connection& connection = *clients_[client].connection;
+    const Unsaved unsaved = connection.cache().unsaved();
+    return unsaved.bytes == 0 || (connection.capabilities().can_write &&
+                                  unsaved.ranges.hull().end <= connection.capabilities().size);
+  }
+
+  /// With background writers a flush waits until they have tried what it cannot reach itself; here
+  /// it would wait for ever.
+  [[nodiscard]] bool would_wait(std::uint64_t client) const {
+    return setup_.background && !within_reach(client);
+  }
+
+  void flush(std::uint64_t client) {
+    if (would_wait(client))
+      return;
+    const int excused = within_reach(client) ? 0 : EIO;
+    const int error = request(
+        client, [](WriteCache& cache, Storage& storage) { cache.flush(storage); }, excused);
+    if (error != 0)
+      return;
+    if (clients_[client].connection->cache().unsaved().bytes > 0)
+      breaks("flush: some bytes are still in memory only");
+    check_stored(client, "flushed", {0, view_of(client).disk->size()}, true);
+  }
+
+  /// What a background writer does when it finds that a unit waits.
+  void take_turn(std::uint64_t client) {
+    if (!setup_.background)
+      return;
+    request(client, [&](WriteCache& cache, Storage& /*storage*/) {
+      const std::optional<WriteCache::Next> next = cache.next();
+      if (!next)
+        return;
+      Storage* chosen = nullptr;
+      for (Client& candidate : clients_) {
+        const bool shares = candidate.connection && &candidate.connection->cache() == &cache;
+        if (shares && candidate.connection->capabilities().can_write &&
+            candidate.connection->capabilities().size >= next->dirty_end) {
+          const bool wrote_last = next->writer == static_cast<Storage*>(candidate.storage);
+          if (chosen == nullptr || wrote_last != next->was_refused)
+            chosen = candidate.storage;
+        }
+      }
+      if (chosen == nullptr || !cache.write_next(*chosen))
+        cache.give_up(*next);
+    });
+  }
+
+  // ---- Coming and going
+
+  [[nodiscard]] bool anybody_connected() const {
+    return std::ranges::any_of(clients_, [](const Client& client) { return !!client.connection; });
+  }
+
+  void resize(std::uint64_t size) {
+    next_size_ = size / setup_.minimum * setup_.minimum;
+    // While somebody is connected, a disk can only grow.
+    if (setup_.sharing != Sharing::nothing && anybody_connected() &&
+        next_size_ > views_.front().disk->size())
+      take_next_size();
+  }
+
+  void take_next_size() {
+    views_.front().disk->resize(next_size_);
+    views_.front().model.resize(next_size_);
+  }
+
+  void connect(const ModelStep& step) {
+    Client& client = clients_[step.connection];
+    if (client.connection)
+      return;
+    if (setup_.sharing == Sharing::nothing)
+      views_[step.connection] = fresh_view();
+    else if (!anybody_connected())
+      take_next_size();
+    View& view = view_of(step.connection);
+    const std::uint64_t size = view.disk->size();
+    client.connection = std::make_unique<Connection>(exports_, "export");
+    auto storage = std::make_unique<ModelStorage>(setup_, capabilities(size, step.read_only),
+                                                  view.disk, *this, step.connection);
+    client.storage = storage.get();
+    try {
+      client.connection->begin(std::move(storage));
+    } catch (const std::exception& error) {
+      breaks(std::string("connecting failed: ") + error.what());
+      return;
+    }
+    sizes_seen_.insert(size);
+    if (!lost_.empty() && sizes_seen_.size() == 1)
+      breaks("bytes were given up for a connection of the same size");
+    for (const ByteRange& lost : lost_.inside({0, size}))
+      view.model.is(lost.begin, view.disk->now(lost));
+  }
+
+  void disconnect(std::uint64_t number, bool properly) {
+    Client& client = clients_[number];
+    View& view = view_of(number);
+    const bool reached = within_reach(number);
+    const bool writable = client.connection->capabilities().can_write;
+    if (properly && !would_wait(number))
+      client.connection->drain();
+    client.connection->end();
+    client.connection.reset();
+    client.storage = nullptr;
+
+    const ByteRange all{0, view.disk->size()};
+    const bool all_stored = properly && reached && fired_.empty() && writable;
+    if (!lost_.empty() && (all_stored || setup_.sharing == Sharing::cache))
+      breaks("disconnecting lost bytes: " + text_of(lost_.hull()));
+    for (const ByteRange& lost : lost_)
+      view.model.is(lost.begin, view.disk->now(lost));
+    if (all_stored || setup_.sharing != Sharing::cache)
+      check_stored(number, "left on storage", all, false);
+  }
+
+  void carry_out(const ModelStep& step) {
+    switch (step.kind) {
+    case StepKind::connect:
+      if (step.connection < clients_.size())
+        connect(step);
+      return;
+    case StepKind::budget:
+      budget_.set_limit(step.length);
+      most_used_ = std::max<std::size_t>(step.length, budget_.used());
+      return;
+    case StepKind::size:
+      resize(step.length);
+      return;
+    case StepKind::breaks:
+      standing_.push_back(step);
+      return;
+    case StepKind::heals:
+      standing_.clear();
+      return;
+    default:
+      if (step.connection < clients_.size() && clients_[step.connection].connection)
+        ask(step);
+    }
+  }
+
+  void ask(const ModelStep& step) {
+    const std::uint64_t client = step.connection;
+    const ByteRange range = range_of(step, false);
+    const ByteRange changes = range_of(step, true);
+    switch (step.kind) {
+    case StepKind::disconnect:
+      disconnect(client, true);
+      return;
+    case StepKind::vanish:
+      disconnect(client, false);
+      return;
+    case StepKind::write:
+      if (!changes.empty())
+        write(client, changes.begin, bytes_of(step.value, changes), step.fua);
+      return;
+    case StepKind::header:
+      write_header(step, changes);
+      return;
+    case StepKind::read:
+      if (!range.empty())
+        read(client, range);
+      return;
+    case StepKind::zero:
+      if (!changes.empty())
+        zero(step, changes);
+      return;
+    case StepKind::trim:
+      if (!changes.empty() && setup_.can_trim)
+        trim(step, changes);
+      return;
+    case StepKind::extents:
+      if (!range.empty() && setup_.can_extents)
+        extents(step, range);
+      return;
+    case StepKind::cache:
+      if (!range.empty())
+        hint(step, range);
+      return;
+    case StepKind::flush:
+      if (clients_[client].connection->capabilities().can_write)
+        flush(client);
+      return;
+    case StepKind::tick:
+      request(client, [](WriteCache& cache, Storage& /*storage*/) { cache.tick(); });
+      return;
+    case StepKind::cluster_end:
+      request(client,
+              [&](WriteCache& cache, Storage& /*storage*/) { cache.set_cluster_end(step.offset); });
+      return;
+    case StepKind::turn:
+      for (std::uint64_t i = 0; i < step.length; ++i)
+        take_turn(client);
+      return;
+    default:
+      return;
+    }
+  }
+
+  void write_header(const ModelStep& step, const ByteRange& range) {
+    Bytes header = step.value == 0 ? Bytes(qcow2::header_bytes)
+                                   : qcow2_header(static_cast<unsigned>(step.value));
+    const ByteRange part = range.intersection({0, header.size()});
+    if (part.empty())
+      return;
+    write(step.connection, part.begin,
+          {header.begin() + static_cast<std::ptrdiff_t>(part.begin),
+           header.begin() + static_cast<std::ptrdiff_t>(part.end)},
+          step.fua);
+  }
+
+  void finish() {
+    for (std::uint64_t i = 0; i < clients_.size() && broken_.empty(); ++i) {
+      if (clients_[i].connection) {
+        const Capabilities& can = clients_[i].connection->capabilities();
+        if (can.size > 0)
+          read(i, {0, can.size});
+        if (can.can_write)
+          flush(i);
+      }
+    }
+    for (std::uint64_t i = 0; i < clients_.size() && broken_.empty(); ++i) {
+      if (clients_[i].connection)
+        disconnect(i, true);
+    }
+    // What no connection could store so far waits for one that can.
+    next_size_ = views_.front().disk->size();
+    lost_.clear();
+    if (broken_.empty())
+      connect({});
+    if (broken_.empty() && next_size_ > 0)
+      read(0, {0, next_size_});
+    if (broken_.empty())
+      flush(0);
+    if (broken_.empty())
+      disconnect(0, true);
+    if (!broken_.empty())
+      return;
+    exports_.report_left();
+    if (!lost_.empty())
+      breaks("lost at the end: " + text_of(lost_.hull()));
+    if (budget_.used() > 0)
+      breaks("memory is still in use at the end");
+  }
+
+  const ModelSequence& sequence_;
+  const ModelSetup& setup_;
+  // In this order, for each is used by those behind it.
+  MemoryBudget budget_;
+  Writeback writeback_; // never started: the sequence says when a writer gets its turn
+  Exports exports_;
+  std::vector<View> views_;
+  std::vector<Client> clients_;
+
+  std::size_t most_used_;
+  std::uint64_t next_size_;
+  std::set<std::uint64_t> sizes_seen_;
+  std::vector<ModelStep> standing_;
+  ByteRanges lost_;
+  std::uint64_t writes_ = 0;
+
+  // Of the current step.
+  const ModelStep* step_ = nullptr;
+  std::size_t at_ = 0;
+  std::uint64_t matching_calls_ = 0;
+  std::uint64_t calls_ = 0;
+  /// A client's read is under way: what is read fills up no block.
+  bool reading_ = false;
+  std::set<int> fired_;
+  ByteRanges trimmed_;
+  std::string broken_;
+};
+
+} // namespace
+
+std::optional<ModelFailure> run(const ModelSequence& sequence) {
+  return Run(sequence).result();
+}
