@@ -30,12 +30,14 @@ void ModelBytes::may_be(std::uint64_t offset, std::span<const std::byte> data) {
   alternative.open.add({offset, offset + data.size()});
 }
 
-void ModelBytes::seen(std::uint64_t offset, std::span<const std::byte> data) {
-  const ByteRange range{offset, offset + data.size()};
-  const bool in_doubt = std::ranges::any_of(alternatives_, [&](const Alternative& alternative) {
+bool ModelBytes::certain(const ByteRange& range) const noexcept {
+  return std::ranges::none_of(alternatives_, [&](const Alternative& alternative) {
     return alternative.open.overlaps(range);
   });
-  if (in_doubt)
+}
+
+void ModelBytes::seen(std::uint64_t offset, std::span<const std::byte> data) {
+  if (!certain({offset, offset + data.size()}))
     is(offset, data);
 }
 

@@ -31,6 +31,8 @@ public:
   /// The offset of the first byte of `data` that is not allowed.
   [[nodiscard]] std::optional<std::uint64_t> first_wrong(std::uint64_t offset,
                                                          std::span<const std::byte> data) const;
+  /// Each byte of `range` can only be what `at` says.
+  [[nodiscard]] bool certain(const qcowcache::ByteRange& range) const noexcept;
   /// The likeliest value.
   [[nodiscard]] std::byte at(std::uint64_t offset) const noexcept { return bytes_[offset]; }
 

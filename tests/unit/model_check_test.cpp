@@ -19,7 +19,7 @@
 
 namespace {
 
-constexpr std::uint64_t usual_sequences = 1500;
+constexpr std::uint64_t usual_sequences = 1000;
 
 std::uint64_t number_from(const char* variable, std::uint64_t usual) {
   const char* text = std::getenv(variable);
@@ -27,9 +27,11 @@ std::uint64_t number_from(const char* variable, std::uint64_t usual) {
 }
 
 /// What is told of a sequence that fails.
-std::string story_of(const ModelSequence& failing) {
-  const ModelSequence shortest =
-      shrink(failing, [](const ModelSequence& candidate) { return run(candidate).has_value(); });
+std::string story_of(const ModelSequence& failing, Watchdog& watchdog) {
+  const ModelSequence shortest = shrink(failing, [&](const ModelSequence& candidate) {
+    watchdog.watch([&] { return "hangs:\n" + to_text(candidate); });
+    return run(candidate).has_value();
+  });
   const std::optional<ModelFailure> failure = run(shortest);
   std::string story =
       "the shortest sequence that fails, for QCOWCACHE_MODEL_REPLAY:\n" + to_text(shortest);
@@ -46,22 +48,23 @@ std::string story_of(const ModelSequence& failing) {
 } // namespace
 
 TEST_CASE("random sequences of requests do what they do to an array of bytes", "[model]") {
+  Watchdog watchdog("model check");
   if (const char* file = std::getenv("QCOWCACHE_MODEL_REPLAY")) {
     std::ostringstream text;
     text << std::ifstream(file).rdbuf();
     const ModelSequence sequence = sequence_from_text(text.str());
     if (const auto failure = run(sequence))
-      FAIL(failure->what << "\n" << story_of(sequence));
+      FAIL(failure->what << "\n" << story_of(sequence, watchdog));
     return;
   }
   const std::uint64_t first = number_from("QCOWCACHE_MODEL_SEED", 1);
   const std::uint64_t count = number_from("QCOWCACHE_MODEL_SEQUENCES", usual_sequences);
-  Watchdog watchdog("model check");
   for (std::uint64_t seed = first; seed - first < count; ++seed) {
     const ModelSequence sequence = random_sequence(seed);
     watchdog.watch([&] { return "QCOWCACHE_MODEL_SEED=" + std::to_string(seed) + " hangs"; });
     if (const auto failure = run(sequence))
-      FAIL("QCOWCACHE_MODEL_SEED=" << seed << ": " << failure->what << "\n" << story_of(sequence));
+      FAIL("QCOWCACHE_MODEL_SEED=" << seed << ": " << failure->what << "\n"
+                                   << story_of(sequence, watchdog));
   }
 }
 

@@ -71,8 +71,8 @@ private:
   std::uint64_t some_memory() {
     if (sequence_.setup.background)
       return one_of<std::uint64_t>({0, unit, 1024 * unit, 1024 * unit, 1024 * unit});
-    return one_of<std::uint64_t>(
-        {0, unit, 2 * unit + 20000, 4 * unit, 8 * unit, 1024 * unit, 1024 * unit});
+    return one_of<std::uint64_t>({0, unit, 2 * unit + 20000, 2 * unit + below(3 * unit), 4 * unit,
+                                  8 * unit, 1024 * unit, 1024 * unit});
   }
 
   std::uint64_t some_size() {
@@ -102,7 +102,7 @@ private:
     step.kind = StepKind::header;
     step.connection = sequence_.setup.sharing == Sharing::disk ? 0 : any_connection();
     step.length = header_size;
-    step.value = chance(75) ? one_of<std::uint64_t>({16, 16, 9, 12, 17, 18}) : 0;
+    step.value = chance(75) ? one_of<std::uint64_t>({16, 16, 9, 12, 17, 18, 21}) : 0;
     step.fua = chance(20);
     const std::uint64_t cut = chance(30) ? 1 + below(header_size - 1) : header_size;
     step.length = cut;

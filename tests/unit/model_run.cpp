@@ -24,8 +24,10 @@ using Bytes = std::vector<std::byte>;
 
 /// The bytes before which, without a common cache, all belong to the first connection.
 constexpr std::uint64_t header_end = 512;
+/// Memory in bytes that is enough for anything.
+constexpr std::size_t plenty = std::size_t{64} * 1024 * 1024;
 /// No step needs so many calls of storage.
-constexpr std::uint64_t endless = 200000;
+constexpr std::uint64_t endless = 20000;
 
 /// What `value` writes at `offset`: other values at neighbouring offsets, and zeros for 0.
 Bytes bytes_of(std::uint64_t value, const ByteRange& range) {
@@ -139,7 +141,6 @@ private:
     calls_ = 0;
     fired_.clear();
     trimmed_.clear();
-    lost_.clear();
     for (Client& client : clients_)
       client.cached_before = client.connection && client.connection->cache().caching();
   }
@@ -204,6 +205,7 @@ private:
 
     const auto refuse = [&](const ModelStep& step) {
       fired_.insert(static_cast<int>(step.error));
+      refused_ever_ = true;
       return Verdict{static_cast<int>(step.error), step.torn, false};
     };
     if (call.kind == Fails::write && ++writes_ == setup_.loses_write)
@@ -335,11 +337,27 @@ private:
     });
   }
 
+  /// Whether the export begins with a qcow2 header; nothing where that cannot be told.
+  [[nodiscard]] std::optional<bool> has_header(std::uint64_t client) {
+    const ModelBytes& model = view_of(client).model;
+    const ByteRange watched{0, std::min<std::uint64_t>(model.size(), qcow2::header_bytes)};
+    // A connection from before the disk grew may not see all of it.
+    if (clients_[client].connection->capabilities().size < watched.end)
+      return std::nullopt;
+    if (setup_.cluster != 0 || setup_.sharing == Sharing::disk || !model.certain(watched))
+      return std::nullopt;
+    Bytes bytes;
+    for (std::uint64_t i = 0; i < watched.end; ++i)
+      bytes.push_back(model.at(i));
+    return qcow2::parse_header(bytes).has_value();
+  }
+
   void write(std::uint64_t client, std::uint64_t offset, const Bytes& data, bool fua) {
     View& view = view_of(client);
     const ByteRange range{offset, offset + data.size()};
     const auto caching = [&] { return clients_[client].connection->cache().caching(); };
-    const bool through = !caching() && !range.overlaps({0, header_end});
+    const std::optional<bool> header = has_header(client);
+    const bool through = (!caching() || header == false) && !range.overlaps({0, header_end});
     view.model.may_be(offset, data);
     const int error = request(client, [&](WriteCache& cache, Storage& storage) {
       cache.write(storage, offset, data, fua);
@@ -350,8 +368,10 @@ private:
     if (fua)
       check_stored(client, "stored by FUA", range, true);
     // A refusal makes the cache look for the header anew, so that it may have cached meanwhile.
-    if (through && !caching() && fired_.empty())
+    if (through && (!caching() || header == false) && fired_.empty())
       check_stored(client, "passed through", range, false);
+    if (has_header(client) == true && !refused_ever_ && most_used_ >= plenty && !caching())
+      breaks("there is a header, and nothing is cached");
   }
 
   void read(std::uint64_t client, const ByteRange& range) {
@@ -517,6 +537,7 @@ private:
     Client& client = clients_[step.connection];
     if (client.connection)
       return;
+    lost_.clear();
     if (setup_.sharing == Sharing::nothing)
       views_[step.connection] = fresh_view();
     else if (!anybody_connected())
@@ -545,6 +566,7 @@ private:
     View& view = view_of(number);
     const bool reached = within_reach(number);
     const bool writable = client.connection->capabilities().can_write;
+    lost_.clear();
     if (properly && !would_wait(number))
       client.connection->drain();
     client.connection->end();
@@ -672,7 +694,6 @@ private:
     }
     // What no connection could store so far waits for one that can.
     next_size_ = views_.front().disk->size();
-    lost_.clear();
     if (broken_.empty())
       connect({});
     if (broken_.empty() && next_size_ > 0)
@@ -683,6 +704,7 @@ private:
       disconnect(0, true);
     if (!broken_.empty())
       return;
+    lost_.clear();
     exports_.report_left();
     if (!lost_.empty())
       breaks("lost at the end: " + text_of(lost_.hull()));
@@ -705,6 +727,7 @@ private:
   std::vector<ModelStep> standing_;
   ByteRanges lost_;
   std::uint64_t writes_ = 0;
+  bool refused_ever_ = false;
 
   // Of the current step.
   const ModelStep* step_ = nullptr;
