@@ -270,6 +270,7 @@ check ()
 {
     local what=$1 size=$2 connections=$3 header=$4
     shift 4
+    echo "$what"
     fresh_file "$work/disk" "$size"
     start_nbdkit server --filter="$FILTER" "$@"
     "$PYTHON" "$work/client.py" "$work/server.sock" "$work/disk" "$SEED" "$STEPS" "$connections" \
