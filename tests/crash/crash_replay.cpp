@@ -34,6 +34,13 @@ std::optional<std::string> CrashReplay::examine(std::mt19937_64& random, unsigne
       wrong = examine_state("of what is unflushed only " + name + " survives", undecided,
                             [one](std::size_t i, std::uint64_t) { return i == one; });
   }
+  return wrong ? wrong : examine_torn(random, subsets);
+}
+
+std::optional<std::string> CrashReplay::examine_torn(std::mt19937_64& random, unsigned subsets) {
+  const std::size_t pending = disk_.pending().size();
+  const ByteRanges undecided = disk_.undecided();
+  std::optional<std::string> wrong;
   for (unsigned i = 0; i < subsets && pending > 0 && !wrong; ++i)
     wrong = examine_state("subset " + std::to_string(i) + " survives, torn", undecided,
                           torn_by_chance(pending, random));

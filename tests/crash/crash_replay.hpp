@@ -35,8 +35,10 @@ public:
   ///
   /// Returns what is wrong, with the history of the first wrong byte, or nothing.
   std::optional<std::string> examine(std::mt19937_64& random, unsigned subsets);
-  /// The same for the change that has just begun, alone; enough where everything else was looked
-  /// at before.
+  /// Only the mixtures.
+  std::optional<std::string> examine_torn(std::mt19937_64& random, unsigned subsets);
+  /// Only what the change that has just begun leaves, alone; enough where everything else was
+  /// looked at before.
   std::optional<std::string> examine_newest();
 
   /// How many images have been looked at.
