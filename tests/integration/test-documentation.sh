@@ -56,6 +56,7 @@ awk '
     inside && /^There is no default\.$/ { value = "-" }
     ' "$manual" | sort >"$work/in-manual"
 awk -F ' *\\| *' '
+    { gsub(/\\\|/, "/") }
     $2 ~ /^`qcowcache-.*`$/ {
         name = $2; sub(/^`qcowcache-/, "", name); sub(/=.*/, "", name)
         value = $3; gsub(/`/, "", value)

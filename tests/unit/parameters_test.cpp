@@ -50,7 +50,7 @@ TEST_CASE("what is not said has its default", "[parameters]") {
 
 TEST_CASE("the defaults that the help names are those that apply", "[parameters]") {
   const std::string help = Parameters::help();
-  const std::regex described("(qcowcache-[a-z-]+)=<[^>]*>[^=]*\\(default ([0-9A-Za-z]+)");
+  const std::regex described("(qcowcache-[a-z-]+)=[^=]*\\(default\\s+([0-9A-Za-z]+)");
   const Parameters untouched;
   int found = 0;
   for (std::sregex_iterator next(help.begin(), help.end(), described), end; next != end; ++next) {
