@@ -74,6 +74,11 @@ END
 user=nobody
 [ "$(id -u)" -eq 0 ] || user=$(id -un)
 chmod 711 "$work"
+# That user must be able to read the filter, wherever the build is.
+if [[ $FILTER == */* ]]; then
+    install -m 644 "$FILTER" "$work/nbdkit-qcowcache-filter.so"
+    places+=(-e "s|--filter=$FILTER|--filter=$work/nbdkit-qcowcache-filter.so|")
+fi
 
 truncate -s 64M "$work/images/disk.qcow2"
 chown "$user" "$work/images" "$work/images/disk.qcow2" "$work/run"
