@@ -21,10 +21,13 @@ set -e
 : "${LOAD_SECONDS:=40}" "${LOAD_CONNECTIONS:=16}" "${LOAD_PATIENCE:=60}" "${SEED:=$RANDOM}"
 size=$((4 * 1024 * 1024 + 777))
 cluster_bits=(16 12 16 18 16 20 9 16)
-# What nbdkit itself needs: some stack and a buffer for each thread.  A sanitizer
-# needs much more, and finds what is not freed in its own way.
-most_memory=$((8192 + 65536 + LOAD_CONNECTIONS * 8 * 1024))
-slack=49152
+# In KiB: the filter's, and what nbdkit without it has here (80 MiB of stacks and
+# buffers for 128 connections, which come and go by some MiB from round to round).
+most_memory=$((8192 + 49152 + LOAD_CONNECTIONS * 8 * 768))
+slack=32768
+# What is freed shall come back, and not be kept in eight arenas for each core.
+export MALLOC_ARENA_MAX=2
+# A sanitizer needs much more, and finds what is not freed in its own way.
 if [ -n "${NBDKIT_PRELOAD:-}" ]; then most_memory=0; fi
 
 # load WHAT SECONDS CLIENT-OPTION FILTER PARAMETER...: a FILTER of nbdkit's, or none
