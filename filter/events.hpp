@@ -20,12 +20,18 @@ struct Events {
 
   /// The same listeners, whose lines begin with `subject`.
   [[nodiscard]] Events about(const std::string& subject) const {
-    const auto prefixed = [&subject](const Listener& listener) -> Listener {
-      if (!listener)
-        return nullptr;
-      return [listener, subject](const std::string& line) { listener(subject + line); };
-    };
-    return {prefixed(decision), prefixed(trace)};
+    Events prefixed;
+    if (decision) {
+      prefixed.decision = [listener = decision, subject](const std::string& line) {
+        listener(subject + line);
+      };
+    }
+    if (trace) {
+      prefixed.trace = [listener = trace, subject](const std::string& line) {
+        listener(subject + line);
+      };
+    }
+    return prefixed;
   }
 };
 

@@ -231,7 +231,7 @@ int filter_after_fork(nbdkit_backend* /*backend*/) {
   // Again, for nbdkit may have become another user.
   if (const std::string& file = parameters.stats_file(); !file.empty()) {
     if (const std::string fault = StatsFile::fault(file); !fault.empty()) {
-      nbdkit_error("qcowcache-stats=%s: must be %s", file.c_str(), fault.c_str());
+      nbdkit_error("qcowcache-stats=%s: must be %s", printable(file).c_str(), fault.c_str());
       return -1;
     }
   }

@@ -384,14 +384,15 @@ std::string prometheus_report(const Snapshot& snapshot, std::string_view server)
   for (const ServerRow& row : server_table) {
     const std::string name = "qcowcache_" + std::string(row.name);
     begin_family(text, name, row.help, "gauge");
-    text += name + "{" + server_label + "} " + number(snapshot.*row.value, row.unit) + "\n";
+    text.append(name).append("{").append(server_label).append("} ");
+    text.append(number(snapshot.*row.value, row.unit)).append("\n");
   }
-  for (auto first = table.begin(); first != table.end();) {
-    const auto last = std::find_if(first, table.end(),
-                                   [first](const Row& row) { return row.name != first->name; });
+  for (const auto* first = table.begin(); first != table.end();) {
+    const auto* const last = std::find_if(
+        first, table.end(), [first](const Row& row) { return row.name != first->name; });
     const std::string name = "qcowcache_" + std::string(first->name) + "_total";
     begin_family(text, name, first->help, "counter");
-    for (auto row = first; row != last; ++row) {
+    for (const auto* row = first; row != last; ++row) {
       const std::string labels = server_label + ",export=";
       for (const Snapshot::Export& of : snapshot.exports)
         add_sample(text, name, labels + quoted(printable(of.name)), *row, of.totals);

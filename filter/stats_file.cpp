@@ -87,7 +87,7 @@ void StatsFile::write() noexcept {
       complained_ = false;
     } catch (const std::system_error& error) {
       if (!complained_)
-        complain_("qcowcache-stats=" + path_ + ": " + error.code().message());
+        complain_("qcowcache-stats=" + printable(path_) + ": " + error.code().message());
       complained_ = true;
       static_cast<void>(std::remove(fresh.c_str()));
     }
