@@ -354,6 +354,24 @@ TEST_CASE("extents are told of the cache before storage is asked", "[write_cache
   CHECK(found[0].type == Storage::ExtentType::data);
 }
 
+TEST_CASE("bytes that are being written are unsaved, and data", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  bench.write(unit, pattern(4096, 1));
+  Gate gate(bench.storage);
+  WatchedThread flush([&] { bench.cache->flush(bench.storage); });
+  gate.wait_until_reached();
+  CHECK(bench.cache->unsaved().bytes == 4096);
+  CHECK_FALSE(bench.cache->clean());
+  const auto extents = bench.cache->extents(bench.storage, {unit, unit + 4096}, false);
+  gate.let_go();
+  REQUIRE(flush.ends());
+  REQUIRE(extents.size() == 1);
+  CHECK(extents[0].type == Storage::ExtentType::data);
+  CHECK(bench.cache->unsaved().bytes == 0);
+  bench.storage.before = nullptr;
+}
+
 TEST_CASE("what a client has read is not remembered", "[write_cache]") {
   Bench bench;
   bench.with_header();
@@ -505,6 +523,39 @@ TEST_CASE("a failing flush of storage is reported", "[write_cache]") {
   bench.write(unit, pattern(10, 1));
   const Refusal refusal(bench.storage, Kind::flush, EIO);
   CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == EIO);
+}
+
+TEST_CASE("what storage did before it failed is seen", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  const ByteRange first{unit, unit + 4096};
+  const ByteRange second{unit + 8192, unit + 12288}; // storage said that it is zeros
+  bench.write(first.begin, pattern(first.size(), 1));
+  bench.cache->flush(bench.storage);
+  const unsigned kind = GENERATE(range(0U, 3U));
+  bench.storage.after = [](const MemoryStorage::Call& call) {
+    if (call.kind != Kind::read)
+      throw std::system_error(EIO, std::generic_category(), "refused");
+  };
+  for (const ByteRange& range : {first, second}) {
+    CHECK(error_of([&] {
+            if (kind == 0)
+              bench.write(range.begin, pattern(range.size(), 2), true);
+            else if (kind == 1)
+              bench.cache->zero(bench.storage, range, {});
+            else
+              bench.cache->trim(bench.storage, range, false);
+          }) == EIO);
+  }
+  bench.storage.after = nullptr;
+  for (const ByteRange& range : {first, second})
+    CHECK(bench.read(range.begin, range.size()) == bench.on_disk(range.begin, range.size()));
+  auto expected = bench.on_disk(second.begin, second.size());
+  const auto little = pattern(10, 3);
+  bench.write(second.begin + 500, little);
+  bench.cache->flush(bench.storage);
+  std::ranges::copy(little, expected.begin() + 500);
+  CHECK(bench.on_disk(second.begin, second.size()) == expected);
 }
 
 TEST_CASE("every flush that waited for a flush of storage that fails is told", "[write_cache]") {
