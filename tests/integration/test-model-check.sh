@@ -6,7 +6,7 @@
 # bursts on all connections at once, to ranges that do not overlap.
 #
 #   SEED=N    repeat a run (1)
-#   STEPS=N   steps for each kind of storage (300; with LONG=1, 20000)
+#   STEPS=N   steps for each kind of storage (600; with LONG=1, 20000)
 
 # shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
@@ -16,7 +16,7 @@ set -e
 if [ "${LONG:-}" = 1 ]; then
     : "${STEPS:=20000}"
 else
-    : "${STEPS:=300}"
+    : "${STEPS:=600}"
 fi
 
 cat >"$work/client.py" <<'END'

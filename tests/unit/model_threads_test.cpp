@@ -215,6 +215,11 @@ private:
       model_.seen(offset, found);
   }
 
+  void check_durable(const ByteRange& range) {
+    const Bytes durable = world_.disk()->durable();
+    check("stored by FUA", range.begin, std::span(durable).subspan(range.begin, range.size()));
+  }
+
   void write(const ByteRange& range, const Bytes& data, bool fua) {
     model_.may_be(range.begin, data);
     if (!request([&](WriteCache& cache, Storage& storage) {
@@ -223,8 +228,26 @@ private:
       return;
     model_.is(range.begin, data);
     if (fua)
-      check("stored by FUA", range.begin,
-            std::span(stored_ = world_.disk()->durable()).subspan(range.begin, range.size()));
+      check_durable(range);
+  }
+
+  void zero(const ByteRange& range, const Storage::ZeroOptions& options) {
+    const Bytes zeros(range.size());
+    model_.may_be(range.begin, zeros);
+    if (!request([&](WriteCache& cache, Storage& storage) { cache.zero(storage, range, options); }))
+      return;
+    model_.is(range.begin, zeros);
+    if (options.fua)
+      check_durable(range);
+  }
+
+  void trim(const ByteRange& range, bool fua) {
+    const ByteRange blocks = align_inward(range, world_.chosen().minimum);
+    if (!request([&](WriteCache& cache, Storage& storage) { cache.trim(storage, range, fua); }))
+      return; // storage in memory refuses it as a whole
+    model_.is(blocks.begin, Bytes(blocks.size()));
+    if (fua)
+      check_durable(blocks);
   }
 
   /// Some or all of a stripe of its own, not far from where the others are at work.
@@ -247,20 +270,12 @@ private:
     const auto kind = random_() % 40;
     if (range.empty())
       return;
-    const Bytes zeros(range.size());
     if (kind < 20) {
       write(range, pattern(range.size(), static_cast<unsigned>(random_())), kind < 3);
     } else if (kind < 23) {
-      const Storage::ZeroOptions options{kind == 20, kind == 21, false};
-      model_.may_be(range.begin, zeros);
-      if (request(
-              [&](WriteCache& cache, Storage& storage) { cache.zero(storage, range, options); }))
-        model_.is(range.begin, zeros);
+      zero(range, {kind == 20, kind == 21, false});
     } else if (kind < 25) {
-      const ByteRange blocks = align_inward(range, world_.chosen().minimum);
-      if (request(
-              [&](WriteCache& cache, Storage& storage) { cache.trim(storage, range, kind == 24); }))
-        model_.is(blocks.begin, std::span(zeros).first(blocks.size()));
+      trim(range, kind == 24);
     } else if (kind < 27) {
       flush();
     } else if (kind == 27) {
@@ -270,6 +285,10 @@ private:
       connect();
     } else if (kind == 29 && number_ == 0) {
       write_header();
+    } else if (kind == 29 && number_ == 1) {
+      // Less than two units, half, or all of it.
+      world_.budget().set_limit(world_.chosen().memory /
+                                std::vector{64U, 2U, 1U, 1U}[random_() % 4]);
     } else {
       Bytes found(range.size());
       if (request([&](WriteCache& cache, Storage& storage) {
@@ -284,7 +303,6 @@ private:
   std::mt19937_64 random_;
   ModelBytes model_;
   std::uint64_t position_ = 0;
-  Bytes stored_;
   MemoryStorage* storage_ = nullptr;
   std::unique_ptr<Connection> connection_;
 };
