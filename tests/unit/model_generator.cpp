@@ -88,6 +88,13 @@ private:
   void connect_all() {
     for (std::uint64_t i = 0; i < sequence_.setup.connections; ++i) {
       ModelStep step;
+      if (i > 0 && chance(12)) {
+        // The disk grows between two connections, so that they see different ends.
+        size_ += below(2 * unit);
+        step.kind = StepKind::size;
+        step.length = size_;
+        add(step);
+      }
       step.kind = StepKind::connect;
       step.connection = i;
       add(step);
