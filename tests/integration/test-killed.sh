@@ -34,6 +34,14 @@ class Request:
     def __init__(self, offset, data):
         self.offset, self.data, self.end = offset, data, offset + len(data)
         self.acknowledged = False
+        self.open = [(offset, self.end)]    # where no later request is settled
+
+    def part(self, begin, end):
+        return self.data[begin - self.offset:end - self.offset]
+
+    def close(self, begin, end):
+        parts = [part for b, e in self.open for part in ((b, min(e, begin)), (max(b, end), e))]
+        self.open = [(b, e) for b, e in parts if b < e]
 
 clients = []
 for _ in range(2):
@@ -55,7 +63,10 @@ def settle(covered):
     """What these requests wrote, in their order, replaces what was there before."""
     for request in covered:
         if request in later:
-            settled[request.offset:request.end] = request.data
+            for begin, end in request.open:
+                settled[begin:end] = request.part(begin, end)
+            for older in later[:later.index(request)]:
+                older.close(request.offset, request.end)
             later.remove(request)
 
 def answered(request, then=None):
@@ -88,31 +99,14 @@ def write(client, offset, length):
     zero = random.random() < 0.1
     fua = random.random() < 0.05
     request = Request(offset, bytes(length) if zero else random.randbytes(length))
-    # With FUA it settles what was there before, too; all that is acknowledged, or was not busy.
-    before = [other for other in later if other.offset < request.end and offset < other.end]
     later.append(request)
     flags = nbd.CMD_FLAG_FUA if fua else 0
-    then = (lambda: settle_parts(before, request)) if fua else None
+    then = (lambda: settle([request])) if fua else None
     if zero:
         client.aio_zero(length, offset, completion=answered(request, then), flags=flags)
     else:
         request.buffer = nbd.Buffer.from_bytearray(bytearray(request.data))
         client.aio_pwrite(request.buffer, offset, completion=answered(request, then), flags=flags)
-
-def settle_parts(before, request):
-    """A request with FUA was acknowledged: older ones no longer matter in its bytes."""
-    for other in before:
-        if other in later:
-            at = later.index(other)
-            parts = []
-            if other.offset < request.offset:
-                parts.append(Request(other.offset, other.data[:request.offset - other.offset]))
-            if other.end > request.end:
-                parts.append(Request(request.end, other.data[request.end - other.offset:]))
-            for part in parts:
-                part.acknowledged = True
-            later[at:at + 1] = parts
-    settle([request])
 
 def wait_until_below(most):
     while len(busy) > most:
@@ -151,13 +145,15 @@ for client in clients:
 found = stored()
 newest = bytearray(settled)
 for request in later:
-    newest[request.offset:request.end] = request.data
+    for begin, end in request.open:
+        newest[begin:end] = request.part(begin, end)
 for begin in range(0, size, CHUNK):
     end = min(begin + CHUNK, size)
     if found[begin:end] not in (settled[begin:end], newest[begin:end]):
         near = [request for request in later if request.offset < end and begin < request.end]
         for i in range(begin, end):
-            values = [request.data[i - request.offset] for request in near if request.offset <= i < request.end]
+            values = [request.data[i - request.offset] for request in near
+                      if any(b <= i < e for b, e in request.open)]
             if found[i] != settled[i] and found[i] not in values:
                 sys.exit(f"the byte at {i} is {found[i]}: it was flushed as {settled[i]}, and later {values} came")
 print(counts["requests"], counts["flushes"])
