@@ -1,5 +1,7 @@
 #include "header_watch.hpp"
 
+#include "copy_bytes.hpp"
+
 #include <algorithm>
 
 namespace qcowcache {
@@ -12,7 +14,7 @@ void HeaderWatch::wrote(std::uint64_t offset, std::span<const std::byte> data) {
   const ByteRange part = ByteRange{offset, offset + data.size()}.intersection(all);
   if (part.empty())
     return;
-  std::ranges::copy(data.subspan(part.begin - offset, part.size()), &bytes_[part.begin]);
+  copy_bytes(data.subspan(part.begin - offset, part.size()), &bytes_[part.begin]);
   known_.add(part);
 }
 

@@ -1,5 +1,7 @@
 #include "unit.hpp"
 
+#include "copy_bytes.hpp"
+
 #include <algorithm>
 #include <utility>
 
@@ -29,7 +31,7 @@ void Unit::absorb(std::uint64_t offset, std::span<const std::byte> data, std::ui
   known_.reserve(known_.count() + 1);
   written_.reserve(written_.count() + 1);
   dirty_.reserve(dirty_.count() + 1 + in_flight_.count());
-  std::ranges::copy(data, at(offset));
+  copy_bytes(data, at(offset));
   known_.add(range);
   written_.add(range);
   dirty_.add(range);
@@ -41,11 +43,11 @@ void Unit::wrote_through(std::uint64_t offset, std::span<const std::byte> data) 
   const ByteRange range{offset, offset + data.size()};
   if (fragmented() && !range.contains(dirty_.hull())) {
     for (const ByteRange& part : known_.inside(range))
-      std::ranges::copy(data.subspan(part.begin - offset, part.size()), at(part.begin));
+      copy_bytes(data.subspan(part.begin - offset, part.size()), at(part.begin));
     return;
   }
   // The bytes first: should a set not be changed for want of memory, they are only written again.
-  std::ranges::copy(data, at(offset));
+  copy_bytes(data, at(offset));
   known_.add(range);
   written_.add(range);
   dirty_.remove(range);
@@ -86,12 +88,12 @@ void Unit::learn(std::uint64_t offset, std::span<const std::byte> data, Buffer* 
     // What a client has written since then is known in the new buffer only; the snapshot wants what
     // storage has, except for the bytes that are in flight.
     for (const ByteRange& gap : in_flight_.missing(range))
-      std::ranges::copy(source(gap), snapshot->bytes().begin() +
-                                         static_cast<std::ptrdiff_t>(gap.begin - range_.begin));
+      copy_bytes(source(gap),
+                 snapshot->bytes().begin() + static_cast<std::ptrdiff_t>(gap.begin - range_.begin));
   }
   const ByteRanges gaps = known_.missing(range);
   for (const ByteRange& gap : gaps)
-    std::ranges::copy(source(gap), at(gap.begin));
+    copy_bytes(source(gap), at(gap.begin));
   known_.add(gaps);
 }
 
@@ -104,8 +106,8 @@ void Unit::learn_zeros(const ByteRange& range) {
 
 void Unit::replace_buffer(std::shared_ptr<Buffer> fresh) noexcept {
   for (const ByteRange& part : known_)
-    std::ranges::copy(bytes(part), fresh->bytes().begin() +
-                                       static_cast<std::ptrdiff_t>(part.begin - range_.begin));
+    copy_bytes(bytes(part),
+               fresh->bytes().begin() + static_cast<std::ptrdiff_t>(part.begin - range_.begin));
   buffer_ = std::move(fresh);
   pinned_ = false;
 }

@@ -1,5 +1,7 @@
 #include "write_cache.hpp"
 
+#include "copy_bytes.hpp"
+
 #include <algorithm>
 #include <bit>
 #include <new>
@@ -631,10 +633,10 @@ void WriteCache::write_piece_through(Storage& storage, std::uint64_t offset,
     storage.read(hull.begin, read);
     count_fill_up(hull);
     for (const ByteRange& gap : gaps)
-      std::ranges::copy(std::span(read).subspan(gap.begin - hull.begin, gap.size()),
-                        whole.begin() + static_cast<std::ptrdiff_t>(gap.begin - blocks.begin));
+      copy_bytes(std::span(read).subspan(gap.begin - hull.begin, gap.size()),
+                 whole.begin() + static_cast<std::ptrdiff_t>(gap.begin - blocks.begin));
   }
-  std::ranges::copy(data, whole.begin() + static_cast<std::ptrdiff_t>(offset - blocks.begin));
+  copy_bytes(data, whole.begin() + static_cast<std::ptrdiff_t>(offset - blocks.begin));
   storage.write(blocks.begin, whole, fua);
 }
 
@@ -724,8 +726,7 @@ void WriteCache::copy_cached(const Lock& lock, std::uint64_t offset, std::span<s
   for_each_unit(lock, range, [&](Unit& unit) {
     const ByteRanges known = unit.known().inside(range);
     for (const ByteRange& part : known)
-      std::ranges::copy(unit.bytes(part),
-                        data.begin() + static_cast<std::ptrdiff_t>(part.begin - offset));
+      copy_bytes(unit.bytes(part), data.begin() + static_cast<std::ptrdiff_t>(part.begin - offset));
     gaps.remove(known);
   });
 }
@@ -765,8 +766,8 @@ void WriteCache::read(Storage& storage, std::uint64_t offset, std::span<std::byt
         for (auto part = gap; part != behind; ++part) {
           const ByteRange wanted = part->intersection(piece);
           if (!wanted.empty())
-            std::ranges::copy(std::span(bounce).subspan(wanted.begin - piece.begin, wanted.size()),
-                              data.begin() + static_cast<std::ptrdiff_t>(wanted.begin - offset));
+            copy_bytes(std::span(bounce).subspan(wanted.begin - piece.begin, wanted.size()),
+                       data.begin() + static_cast<std::ptrdiff_t>(wanted.begin - offset));
         }
         rest.begin = piece.end;
       }

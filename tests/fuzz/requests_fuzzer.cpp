@@ -3,6 +3,7 @@
 
 #include "targets.hpp"
 
+#include "copy_bytes.hpp"
 #include "image_bytes.hpp"
 #include "input.hpp"
 #include "memory_storage.hpp"
@@ -91,7 +92,7 @@ public:
     storage_.before = [this](const MemoryStorage::Call& call) { fail_if_told(call); };
     if (!model_.empty() && input.yes()) {
       // An image that was there before, and other bytes up to the middle of a block.
-      std::ranges::copy(some_bytes(model_.size(), 0), model_.begin());
+      copy_bytes(some_bytes(model_.size(), 0), model_.begin());
       std::fill(model_.begin() + static_cast<std::ptrdiff_t>(model_.size() * 5 / 8), model_.end(),
                 std::byte{0});
       const std::vector<std::byte> image = qcow2_header(16);
@@ -290,7 +291,7 @@ private:
       return;
     for (std::size_t i = 0; i < found.size(); ++i)
       require(found[i] == before[i] || found[i] == other[i], what);
-    std::ranges::copy(found, before.begin());
+    copy_bytes(found, before.begin());
   }
 
   void unchanged(const ByteRange& range, const char* what) {
@@ -313,7 +314,7 @@ private:
       either(range, data, "a failed write left other bytes");
       return;
     }
-    std::ranges::copy(data, expected(range).begin());
+    copy_bytes(data, expected(range).begin());
     if (fua)
       is_durable(range, "a write with FUA is not durable");
   }
@@ -376,7 +377,7 @@ private:
       }
       unchanged(range, "a fast zero that failed changed bytes");
     } else if (succeeds([&] { cache_->zero(storage_, range, options); })) {
-      std::ranges::copy(zeros, expected(range).begin());
+      copy_bytes(zeros, expected(range).begin());
       if (options.fua)
         is_durable(range, "a zero with FUA is not durable");
     } else if (options.fast && !options.fua) {

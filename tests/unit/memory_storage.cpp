@@ -1,5 +1,7 @@
 #include "memory_storage.hpp"
 
+#include "copy_bytes.hpp"
+
 #include <algorithm>
 #include <cstring>
 #include <iterator>
@@ -27,9 +29,9 @@ void MemoryDisk::read(std::uint64_t offset, std::span<std::byte> data) const {
 
 void MemoryDisk::write(std::uint64_t offset, std::span<const std::byte> data, bool durable) {
   const std::lock_guard lock(mutex_);
-  std::ranges::copy(data, at(now_, offset));
+  qcowcache::copy_bytes(data, at(now_, offset));
   if (durable)
-    std::ranges::copy(data, at(durable_, offset));
+    qcowcache::copy_bytes(data, at(durable_, offset));
 }
 
 void MemoryDisk::zero(const ByteRange& range, bool durable) {
