@@ -44,6 +44,8 @@ public:
   [[nodiscard]] const Capabilities& capabilities() const noexcept {
     return handle_->capabilities();
   }
+  /// As the client asked for it.
+  [[nodiscard]] const std::string& export_name() const noexcept { return export_name_; }
   [[nodiscard]] const WriteCache& cache() const noexcept { return *membership_.cache; }
 
 private:

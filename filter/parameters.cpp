@@ -2,6 +2,8 @@
 
 #include "stats_file.hpp"
 
+#include <algorithm>
+#include <array>
 #include <bit>
 #include <cctype>
 #include <charconv>
@@ -75,6 +77,21 @@ std::optional<std::uint64_t> parse_size(std::string_view text) noexcept {
   return number << shift;
 }
 
+std::optional<bool> parse_bool(std::string_view text) noexcept {
+  const auto is = [text](std::string_view word) {
+    return std::ranges::equal(text, word, [](char left, char right) {
+      return std::tolower(static_cast<unsigned char>(left)) == right;
+    });
+  };
+  constexpr std::array<std::string_view, 6> yes = {"1", "t", "true", "y", "yes", "on"};
+  constexpr std::array<std::string_view, 6> no = {"0", "f", "false", "n", "no", "off"};
+  if (std::ranges::any_of(yes, is))
+    return true;
+  if (std::ranges::any_of(no, is))
+    return false;
+  return std::nullopt;
+}
+
 const char* Parameters::help() noexcept {
   return "qcowcache-size=<SIZE>          Memory for cached data (default 64M, 0: cache nothing).\n"
          "qcowcache-cluster-size=<SIZE>  Host cluster size, 512 to 2M (default auto: as the qcow2\n"
@@ -89,7 +106,9 @@ const char* Parameters::help() noexcept {
          "qcowcache-stats-interval=<SECS>\n"
          "                               Rewrite that report this often while serving, up to "
          "86400\n"
-         "                               (default 0: only at the end).";
+         "                               (default 0: only at the end).\n"
+         "qcowcache-readback=<BOOL>      Read back and compare each write to storage (default\n"
+         "                               false).";
 }
 
 bool Parameters::set(std::string_view key, std::string_view value) {
@@ -160,10 +179,18 @@ bool Parameters::set(std::string_view key, std::string_view value) {
     size_file_ = absolute.string(); // nbdkit changes directory later
     return true;
   }
+  if (key == "qcowcache-readback") {
+    const std::optional<bool> wanted = parse_bool(value);
+    if (!wanted)
+      refuse(key, value, "true or false");
+    readback_ = *wanted;
+    return true;
+  }
   if (key.substr(0, prefix.size()) == prefix) {
-    throw ParameterError(beginning_of_line(key, value) +
-                         "no such parameter; allowed: cluster-size, expire, max-write, size, "
-                         "size-file, stats, stats-interval and writers, each after qcowcache-");
+    throw ParameterError(
+        beginning_of_line(key, value) +
+        "no such parameter; allowed: cluster-size, expire, max-write, "
+        "readback, size, size-file, stats, stats-interval and writers, each after qcowcache-");
   }
   return false;
 }

@@ -50,6 +50,9 @@ public:
     return stats_interval_;
   }
 
+  /// Whether each write to storage is read back and compared.
+  [[nodiscard]] bool readback() const noexcept { return readback_; }
+
 private:
   std::uint64_t size_ = std::uint64_t{64} * 1024 * 1024;
   std::optional<std::uint64_t> cluster_size_;
@@ -59,11 +62,16 @@ private:
   std::string size_file_;
   std::string stats_file_;
   std::optional<std::chrono::seconds> stats_interval_;
+  bool readback_ = false;
 };
 
 /// A number of bytes as nbdkit writes it: digits, then nothing or one of B, K, M, G, T, P, E
 /// (powers of 1024) or S (sectors of 512), in either case. Nothing when `text` is not that, or when
 /// the number does not fit into 63 bits.
 [[nodiscard]] std::optional<std::uint64_t> parse_size(std::string_view text) noexcept;
+
+/// A yes or no as nbdkit writes it: 1, t, true, y, yes, on, or 0, f, false, n, no, off, in any
+/// case.
+[[nodiscard]] std::optional<bool> parse_bool(std::string_view text) noexcept;
 
 } // namespace qcowcache

@@ -8,6 +8,7 @@
 #include "memory_budget.hpp"
 #include "nbdkit_storage.hpp"
 #include "parameters.hpp"
+#include "readback_storage.hpp"
 #include "size_file.hpp"
 #include "statistics.hpp"
 #include "stats_file.hpp"
@@ -54,6 +55,19 @@ Events events() {
 
 void report_loss(const std::string& export_name, const Unsaved& lost) {
   nbdkit_error("qcowcache: %s", loss_message(export_name, lost).c_str());
+}
+
+/// The same storage, whose writes are read back; the operator is told of each that differs.
+std::unique_ptr<Storage> read_back(std::unique_ptr<Storage> storage,
+                                   const std::string& export_name) {
+  return std::make_unique<ReadbackStorage>(
+      std::move(storage), [export_name](const ByteRange& range, std::uint64_t first_difference) {
+        nbdkit_error("qcowcache: export \"%s\": storage returned other bytes than were written at "
+                     "%llu-%llu, from %llu on",
+                     export_name.c_str(), static_cast<unsigned long long>(range.begin),
+                     static_cast<unsigned long long>(range.end - 1),
+                     static_cast<unsigned long long>(first_difference));
+      });
 }
 
 /// All that lives as long as nbdkit serves.
@@ -254,8 +268,13 @@ void* filter_open(nbdkit_next_open* next, nbdkit_context* context, int readonly,
 }
 
 int filter_prepare(nbdkit_next* next, void* handle, int /*readonly*/) {
-  const int error = errno_of(
-      "prepare", [&] { connection_of(handle).begin(std::make_unique<NbdkitStorage>(next)); });
+  const int error = errno_of("prepare", [&] {
+    Connection& connection = connection_of(handle);
+    std::unique_ptr<Storage> storage = std::make_unique<NbdkitStorage>(next);
+    if (parameters.readback())
+      storage = read_back(std::move(storage), connection.export_name());
+    connection.begin(std::move(storage));
+  });
   return error == 0 ? 0 : -1;
 }
 

@@ -112,6 +112,9 @@ public:
   /// Ends what `start_writing` began: storage has the bytes, or they are dirty again.
   void stored() noexcept;
   void refused() noexcept;
+  /// All of `range` is in flight, not only what clients wrote. REQUIRES: it is known, lies inside
+  /// the unit, and has something in flight in it; so nothing is allocated.
+  void owe_in_flight(const ByteRange& range) { in_flight_.add(range); }
   /// A new round of being filled begins: no byte counts as written by a client any more.
   void begin_anew() noexcept { written_.clear(); }
 

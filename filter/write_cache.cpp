@@ -1,11 +1,13 @@
 #include "write_cache.hpp"
 
 #include "copy_bytes.hpp"
+#include "readback_storage.hpp"
 
 #include <algorithm>
 #include <bit>
 #include <new>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -637,7 +639,20 @@ void WriteCache::write_piece_through(Storage& storage, std::uint64_t offset,
                  whole.begin() + static_cast<std::ptrdiff_t>(gap.begin - blocks.begin));
   }
   copy_bytes(data, whole.begin() + static_cast<std::ptrdiff_t>(offset - blocks.begin));
-  storage.write(blocks.begin, whole, fua);
+  try {
+    storage.write(blocks.begin, whole, fua);
+  } catch (const NotAsWritten&) {
+    // The client has its own bytes; those around them nobody else has, if it was these that storage
+    // damaged. Where nothing can be cached the error is all that is left to say.
+    const std::span<const std::byte> around(whole);
+    for (const ByteRange& part :
+         {ByteRange{blocks.begin, offset}, ByteRange{offset + data.size(), blocks.end}}) {
+      if (!part.empty())
+        std::ignore =
+            absorb(storage, part.begin, around.subspan(part.begin - blocks.begin, part.size()));
+    }
+    throw;
+  }
 }
 
 bool WriteCache::make_room(Storage& storage) {

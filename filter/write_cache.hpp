@@ -248,6 +248,7 @@ private:
   [[nodiscard]] Segments start(Storage& storage, const Job& job);
   void fill_up(Storage& storage, Segment& segment);
   void write_segments(Storage& storage, const Segments& segments) const;
+  void owe_again(const Segments& segments);
   void finish(const Job& job, bool stored) noexcept;
   void changed_on_storage(const ByteRange& range);
   void failed_on_storage(const ByteRange& range);

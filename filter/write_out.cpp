@@ -3,6 +3,8 @@
 
 #include "write_cache.hpp"
 
+#include "readback_storage.hpp"
+
 #include <boost/container/flat_set.hpp>
 
 #include <algorithm>
@@ -213,6 +215,10 @@ void WriteCache::write_out(Storage& storage, const Job& job) {
     fill_up(storage, segment);
   try {
     write_segments(storage, segments);
+  } catch (const NotAsWritten& refusal) {
+    owe_again(segments);
+    tell_refusal(whole, refusal);
+    throw;
   } catch (const std::exception& refusal) {
     for (const Segment& segment : segments)
       failed_on_storage(segment.range);
@@ -227,6 +233,18 @@ void WriteCache::write_out(Storage& storage, const Job& job) {
   for (const Segment& segment : segments)
     changed_on_storage(segment.range);
   claim.stored();
+}
+
+/// Bytes that were written along with dirty ones may be what storage damaged, and nobody else has
+/// them: a fill-up read would take the damage for the truth.
+void WriteCache::owe_again(const Segments& segments) {
+  {
+    const Lock lock(mutex_);
+    for (const Segment& segment : segments)
+      segment.unit->owe_in_flight(segment.range);
+  }
+  for (const Segment& segment : segments)
+    failed_on_storage(segment.range);
 }
 
 bool WriteCache::has_gaps(const Job& job, const ByteRange& within) const {

@@ -46,6 +46,7 @@ TEST_CASE("what is not said has its default", "[parameters]") {
   CHECK(parameters.max_write() == mebibyte);
   CHECK(parameters.expire() == std::chrono::seconds(5));
   CHECK(parameters.size_file().empty());
+  CHECK_FALSE(parameters.readback());
 }
 
 TEST_CASE("the defaults that the help names are those that apply", "[parameters]") {
@@ -323,6 +324,26 @@ TEST_CASE("one line names a wrong number, its parameter and what is allowed", "[
       CHECK(has(line, "from " + std::string(wrong.least) + " to " + std::string(wrong.most)));
       CHECK_FALSE(has(line, "\n"));
     }
+  }
+}
+
+TEST_CASE("qcowcache-readback takes yes and no as nbdkit writes them", "[parameters]") {
+  Parameters parameters;
+  for (const char* yes : {"1", "t", "true", "TRUE", "y", "Yes", "on"}) {
+    CHECK(parameters.set("qcowcache-readback", "off"));
+    CHECK_FALSE(parameters.readback());
+    CHECK(parameters.set("qcowcache-readback", yes));
+    CHECK(parameters.readback());
+  }
+  for (const char* no : {"0", "f", "false", "False", "n", "NO", "off"}) {
+    CHECK(parameters.set("qcowcache-readback", "on"));
+    CHECK(parameters.set("qcowcache-readback", no));
+    CHECK_FALSE(parameters.readback());
+  }
+  for (const char* neither : {"", "2", "yess", "ye", " on", "tru\xc3\xa9"}) {
+    const std::string line = complaint("qcowcache-readback", neither);
+    CHECK(has(line, "qcowcache-readback=" + std::string(neither)));
+    CHECK(has(line, "true or false"));
   }
 }
 

@@ -1,0 +1,178 @@
+#!/usr/bin/env bash
+# Storage that damages one byte in 100 000 of what it stores, and says nothing:
+# with qcowcache-readback=true each damage is found, and healed or reported.
+
+# shellcheck source-path=SCRIPTDIR source=functions.sh
+source "$(dirname "$0")/functions.sh"
+set -e
+
+# A disk in memory; after every 100 000 bytes that it has stored one is wrong,
+# for as long as the file that "damages" names exists.
+cat >"$work/damaging.c" <<'END'
+#include <nbdkit-plugin.h>
+#include <pthread.h>
+#include <string.h>
+#include <unistd.h>
+
+#define THREAD_MODEL NBDKIT_THREAD_MODEL_PARALLEL
+enum { size = 24 << 20, one_in = 100000 };
+static unsigned char disk[size];
+static uint64_t stored;
+static const char *trigger;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
+static int damaging_config (const char *key, const char *value)
+{
+  if (strcmp (key, "damages") == 0)
+    trigger = value;
+  return 0;
+}
+static void *damaging_open (int readonly) { return NBDKIT_HANDLE_NOT_NEEDED; }
+static int64_t damaging_get_size (void *handle) { return size; }
+static int damaging_can_multi_conn (void *handle) { return 1; }
+static int damaging_pread (void *handle, void *buffer, uint32_t count, uint64_t offset, uint32_t flags)
+{
+  pthread_mutex_lock (&lock);
+  memcpy (buffer, disk + offset, count);
+  pthread_mutex_unlock (&lock);
+  return 0;
+}
+static int damaging_pwrite (void *handle, const void *buffer, uint32_t count, uint64_t offset, uint32_t flags)
+{
+  const int damages = access (trigger, F_OK) == 0;
+  pthread_mutex_lock (&lock);
+  memcpy (disk + offset, buffer, count);
+  for (uint64_t next = (stored / one_in + 1) * one_in - stored; damages && next <= count; next += one_in)
+    disk[offset + next - 1] ^= 0x10;
+  stored += count;
+  pthread_mutex_unlock (&lock);
+  return 0;
+}
+static int damaging_flush (void *handle, uint32_t flags) { return 0; }
+
+static struct nbdkit_plugin plugin = {
+  .name = "damaging",
+  .config = damaging_config,
+  .open = damaging_open,
+  .get_size = damaging_get_size,
+  .can_multi_conn = damaging_can_multi_conn,
+  .pread = damaging_pread,
+  .pwrite = damaging_pwrite,
+  .flush = damaging_flush,
+};
+NBDKIT_REGISTER_PLUGIN (plugin)
+END
+${CC:-cc} -DNBDKIT_API_VERSION=2 -std=gnu11 -O2 -fPIC -shared -o "$work/damaging.so" "$work/damaging.c" ||
+    fail "there is no C compiler, or nbdkit's headers are missing: ./bootstrap installs them"
+
+# write_all SERVER: compressed clusters as qemu writes them, and others in
+# between; flushes until all is stored, then looks at what storage has once it
+# does no damage any more.  Prints how many flushes failed, and how many bytes
+# are wrong.
+write_all ()
+{
+    touch "$work/damages"
+    python "$work/$1.sock" "$work/damages" <<'END'
+import errno, nbd, os, random, struct, sys
+
+random.seed(7)
+header = bytearray(512)
+header[0:8] = b"QFI\xfb" + struct.pack(">I", 3)
+header[20:32] = struct.pack(">IQ", 16, 1 << 30)
+header[96:104] = struct.pack(">II", 4, 112)
+expected = bytearray(24 << 20)
+client = nbd.NBD()
+client.connect_unix(sys.argv[1])
+
+def write(data, position, flags=0):
+    for attempt in range(100):
+        try:
+            client.pwrite(data, position, flags)
+            break
+        except nbd.Error as error:
+            assert error.errnum == errno.EIO, error.errno
+    expected[position:position + len(data)] = data
+
+failed = 0
+def flush():
+    global failed
+    for attempt in range(200):
+        try:
+            client.flush()
+            return
+        except nbd.Error as error:
+            assert error.errnum == errno.EIO, error.errno
+            failed += 1
+    raise SystemExit("200 flushes failed")
+
+write(bytes(header), 0)
+position = 65536
+while position < 20 << 20:
+    data = random.randbytes(random.randrange(500, 60000))
+    write(data, position)
+    position += len(data)
+    if random.randrange(20) == 0:
+        position = (position + 65535) // 65536 * 65536
+        write(random.randbytes(65536), position)
+        position += 65536
+    if random.randrange(40) == 0:
+        write(random.randbytes(100), random.randrange(65536, position), nbd.CMD_FLAG_FUA)
+    if random.randrange(30) == 0:
+        flush()
+flush()
+client.shutdown()
+os.unlink(sys.argv[2])
+
+client = nbd.NBD()
+client.connect_unix(sys.argv[1])
+stored = b"".join(client.pread(1 << 20, i << 20) for i in range(24))
+print(failed, sum(a != b for a, b in zip(stored, expected)))
+END
+}
+
+reported () { grep -c 'qcowcache: .*other bytes than were written' "$work/$1.err" || :; }
+
+echo "without it nobody notices"
+start_nbdkit server --filter="$FILTER" "$work/damaging.so" damages="$work/damages"
+read -r failed wrong <<<"$(write_all server)"
+stop_nbdkit server
+[ "$wrong" -gt 0 ] || fail "the plugin does no damage: this test proves nothing"
+[ "$failed" -eq 0 ] || fail "$failed flushes failed without readback"
+
+for writers in 4 0; do
+    echo "with it every damage is found, and in the end all is stored: qcowcache-writers=$writers"
+    start_nbdkit server --filter="$FILTER" "$work/damaging.so" damages="$work/damages" \
+        qcowcache-readback=true "qcowcache-writers=$writers"
+    read -r failed wrong <<<"$(write_all server)"
+    stop_nbdkit server
+    [ "$wrong" -eq 0 ] || fail "$wrong bytes are wrong though a flush was acknowledged in the end"
+    [ "$failed" -gt 0 ] || fail "no flush failed, so what storage damaged was not refused"
+    [ "$(reported server)" -gt 100 ] || fail "only $(reported server) damages were reported"
+    grep -q 'qcowcache: export ""' "$work/server.err" || fail "no message names the export"
+done
+
+echo "storage that does no damage gets one read for each write, and nobody sees a difference"
+fresh_file "$work/disk" 24M
+start_nbdkit server --filter="$FILTER" --filter=log file "$work/disk" logfile="$work/below.log" \
+    qcowcache-readback=true
+read -r failed wrong <<<"$(write_all server)"
+stop_nbdkit server
+[ "$failed,$wrong" = 0,0 ] || fail "$failed flushes failed, $wrong bytes are wrong on sound storage"
+[ "$(reported server)" -eq 0 ] || fail "a difference was reported on sound storage"
+python "$work/below.log" <<'END'
+import re, sys
+# Each write has its own read behind it, of the same bytes, before the next one there.
+request = re.compile(r"(Read|Write) id=\d+ offset=(0x[0-9a-f]+) count=(0x[0-9a-f]+)")
+owed = set()
+writes = 0
+for line in open(sys.argv[1]):
+    found = request.search(line)
+    if found and found[1] == "Write":
+        where = found.group(2, 3)
+        assert where not in owed, f"not read back: {where}"
+        owed.add(where)
+        writes += 1
+    elif found:
+        owed.discard(found.group(2, 3))
+assert writes and not owed, f"{len(owed)} of {writes} writes were not read back"
+END
