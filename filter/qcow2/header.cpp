@@ -1,21 +1,17 @@
 #include "header.hpp"
 
+#include "big_endian.hpp"
+
 namespace qcowcache::qcow2 {
 
 namespace {
-
-template <typename Integer>
-Integer big_endian(std::span<const std::byte> bytes, std::size_t offset) noexcept {
-  Integer value = 0;
-  for (const std::byte byte : bytes.subspan(offset, sizeof(Integer)))
-    value = static_cast<Integer>(value << 8U) | std::to_integer<Integer>(byte);
-  return value;
-}
 
 constexpr std::uint32_t magic = 0x514649fb; // "QFI\xfb"
 constexpr std::uint32_t luks = 2;
 constexpr std::size_t version_2_length = 72;
 constexpr std::size_t version_3_length = 104;
+constexpr std::uint64_t dirty = 1U << 0U;
+constexpr std::uint64_t corrupt = 1U << 1U;
 constexpr std::uint64_t external_data_file = 1U << 2U;
 constexpr std::uint64_t has_compression_type = 1U << 3U;
 constexpr std::uint64_t extended_l2 = 1U << 4U;
@@ -23,6 +19,30 @@ constexpr std::uint32_t least_cluster_bits = 9;
 constexpr std::uint32_t most_cluster_bits = 21;
 constexpr std::uint32_t least_extended_l2_cluster_bits = 14;
 constexpr std::uint32_t most_refcount_order = 6;
+/// QEMU refuses to open images with more.
+constexpr std::uint32_t most_l1_entries = 32U * 1024 * 1024 / l1_entry_size;
+constexpr std::uint32_t most_snapshots = 65536;
+/// Offsets in the file are 56 bits wide in all tables.
+constexpr std::uint64_t offset_limit = std::uint64_t{1} << 56U;
+
+/// Whether a table can begin there: on a cluster of the file, behind the header.
+bool may_begin_at(std::uint64_t offset, const Header& header) noexcept {
+  return offset >= header.cluster_size() && offset < offset_limit &&
+         offset % header.cluster_size() == 0;
+}
+
+/// The fields whose values may not make sense yet in a fresh image.
+void read_tables(std::span<const std::byte> bytes, Header& header) noexcept {
+  header.disk_size = big_endian<std::uint64_t>(bytes, 24);
+  const auto l1_entries = big_endian<std::uint32_t>(bytes, 36);
+  const auto l1_offset = big_endian<std::uint64_t>(bytes, 40);
+  if (l1_entries > 0 && l1_entries <= most_l1_entries && may_begin_at(l1_offset, header))
+    header.l1 = {l1_offset, l1_entries};
+  const auto snapshots = big_endian<std::uint32_t>(bytes, 60);
+  const auto snapshots_offset = big_endian<std::uint64_t>(bytes, 64);
+  if (snapshots > 0 && snapshots <= most_snapshots && may_begin_at(snapshots_offset, header))
+    header.snapshots = {snapshots_offset, snapshots};
+}
 
 } // namespace
 
@@ -36,6 +56,8 @@ std::optional<Header> parse_header(std::span<const std::byte> bytes) noexcept {
   if (header.version < 2 || header.version > 3 || header.cluster_bits < least_cluster_bits ||
       header.cluster_bits > most_cluster_bits || big_endian<std::uint32_t>(bytes, 32) >= luks)
     return std::nullopt;
+  header.length = version_2_length;
+  read_tables(bytes, header);
   if (header.version == 2)
     return header;
 
@@ -48,6 +70,9 @@ std::optional<Header> parse_header(std::span<const std::byte> bytes) noexcept {
       big_endian<std::uint32_t>(bytes, 96) > most_refcount_order)
     return std::nullopt;
 
+  header.length = header_length;
+  header.dirty = (features & dirty) != 0;
+  header.corrupt = (features & corrupt) != 0;
   header.extended_l2 = (features & extended_l2) != 0;
   if (header.extended_l2 && header.cluster_bits < least_extended_l2_cluster_bits)
     return std::nullopt;

@@ -13,6 +13,18 @@ inline constexpr std::size_t header_bytes = 112;
 /// The field "compression_type"; absent means deflate.
 enum class Compression : std::uint8_t { deflate = 0, zstd = 1 };
 
+/// The size of an entry of an L1 table, in bytes.
+inline constexpr std::uint32_t l1_entry_size = 8;
+
+/// Where a table begins in the file, in bytes, and how many entries it has.
+struct TablePlace {
+  std::uint64_t offset = 0;
+  std::uint32_t entries = 0;
+
+  [[nodiscard]] bool exists() const noexcept { return entries > 0; }
+  friend bool operator==(const TablePlace&, const TablePlace&) noexcept = default;
+};
+
 /// The fields of a qcow2 header that this filter uses, each checked against its limits.
 /// Source: QEMU's docs/interop/qcow2, section "Header".
 struct Header {
@@ -21,8 +33,31 @@ struct Header {
   std::uint32_t cluster_bits = 0;
   Compression compression = Compression::deflate;
   bool extended_l2 = false;
+  /// The refcounts may be wrong; nobody but a repair may write to the image.
+  bool dirty = false;
+  bool corrupt = false;
+  /// Of the header itself, without extensions, in bytes.
+  std::uint32_t length = 0;
+  /// Of the guest's disk, in bytes. Any value.
+  std::uint64_t disk_size = 0;
+  /// The active L1 table, and the list of snapshots. They do not exist in a fresh image, and count
+  /// as absent where a field is out of range: not cluster aligned, no offset that a file can have,
+  /// more entries than QEMU takes. They may lie past the end of the file.
+  TablePlace l1;
+  TablePlace snapshots;
 
   [[nodiscard]] std::uint32_t cluster_size() const noexcept { return 1U << cluster_bits; }
+  /// The size of an entry of an L2 table, in bytes, and how many entries one has. An L2 table is
+  /// one host cluster.
+  [[nodiscard]] std::uint32_t l2_entry_size() const noexcept { return extended_l2 ? 16 : 8; }
+  [[nodiscard]] std::uint32_t l2_entries() const noexcept {
+    return cluster_size() / l2_entry_size();
+  }
+  /// Where on the guest's disk the cluster is that an entry of an L2 table stands for, in bytes.
+  [[nodiscard]] std::uint64_t guest_offset(std::uint32_t l1_index,
+                                           std::uint32_t l2_index) const noexcept {
+    return (std::uint64_t{l1_index} * l2_entries() + l2_index) << cluster_bits;
+  }
 };
 
 /// Reads a header of version 2 or 3 from the first bytes of a file, `header_bytes` of them or as

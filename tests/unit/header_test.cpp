@@ -13,6 +13,7 @@ using qcowcache::qcow2::Compression;
 using qcowcache::qcow2::Header;
 using qcowcache::qcow2::header_bytes;
 using qcowcache::qcow2::parse_header;
+using qcowcache::qcow2::TablePlace;
 
 namespace {
 
@@ -46,6 +47,12 @@ public:
   HeaderBytes& cluster_bits(std::uint32_t value) { return put(20, value, 4); }
   HeaderBytes& crypt_method(std::uint32_t value) { return put(32, value, 4); }
   HeaderBytes& tables_are_not_there_yet() { return put(24, 0, 8).put(36, 0, 4).put(40, 0, 8); }
+  HeaderBytes& l1(std::uint64_t offset, std::uint32_t entries) {
+    return put(40, offset, 8).put(36, entries, 4);
+  }
+  HeaderBytes& snapshots(std::uint64_t offset, std::uint32_t count) {
+    return put(64, offset, 8).put(60, count, 4);
+  }
   HeaderBytes& features(std::uint64_t value) { return put(72, value, 8); }
   HeaderBytes& refcount_order(std::uint32_t value) { return put(96, value, 4); }
   HeaderBytes& header_length(std::uint32_t value) { return put(100, value, 4); }
@@ -122,6 +129,36 @@ TEST_CASE("an image whose tables are not there yet has a header", "[header]") {
   CHECK(version_3().tables_are_not_there_yet().parse());
 }
 
+TEST_CASE("the header says where the tables are", "[header]") {
+  for (const HeaderBytes& valid : {version_2(), version_3()}) {
+    const std::optional<Header> header = HeaderBytes(valid).snapshots(7U << 16U, 3).parse();
+    REQUIRE(header);
+    CHECK(header->disk_size == std::uint64_t{8} << 30U);
+    CHECK(header->l1 == TablePlace{3U << 16U, 16});
+    CHECK(header->snapshots == TablePlace{7U << 16U, 3});
+    CHECK(header->length == (header->version == 2 ? 72 : 112));
+    CHECK_FALSE(HeaderBytes(valid).parse()->snapshots.exists());
+  }
+}
+
+TEST_CASE("a table that no image can have is none", "[header]") {
+  const auto l1 = [](std::uint64_t offset, std::uint32_t entries) {
+    return version_3().l1(offset, entries).parse().value().l1;
+  };
+  CHECK(l1(3U << 16U, 4U << 20U).entries == 4U << 20U);
+  CHECK_FALSE(l1(3U << 16U, (4U << 20U) + 1).exists());
+  CHECK_FALSE(l1(3U << 16U, UINT32_MAX).exists());
+  CHECK_FALSE(l1(3U << 16U, 0).exists());
+  CHECK_FALSE(l1(0, 16).exists());
+  CHECK_FALSE(l1(65535, 16).exists());
+  CHECK_FALSE(l1(65536 + 512, 16).exists());
+  CHECK(l1((std::uint64_t{1} << 56U) - 65536, 16).exists());
+  CHECK_FALSE(l1(std::uint64_t{1} << 56U, 16).exists());
+  CHECK_FALSE(l1(UINT64_MAX - 65535, 16).exists());
+  CHECK_FALSE(version_3().snapshots(65536, 65537).parse()->snapshots.exists());
+  CHECK_FALSE(version_3().snapshots(65537, 1).parse()->snapshots.exists());
+}
+
 TEST_CASE("every byte of the magic number counts", "[header]") {
   for (const unsigned shift : {0U, 8U, 16U, 24U}) {
     CHECK_FALSE(version_2().magic(0x514649fb ^ (1U << shift)).parse());
@@ -168,6 +205,9 @@ TEST_CASE("an image with an external data file has no compressed clusters", "[he
 
 TEST_CASE("a dirty or corrupt image is still an image", "[header]") {
   CHECK(version_3().features(dirty).parse());
+  CHECK(version_3().features(dirty).parse()->dirty);
+  CHECK(version_3().features(corrupt).parse()->corrupt);
+  CHECK_FALSE(version_3().features(dirty).parse()->corrupt);
   CHECK(version_3().features(corrupt).parse());
 }
 
