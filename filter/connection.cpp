@@ -1,9 +1,12 @@
 #include "connection.hpp"
 
+#include "cached_image.hpp"
+
 #include <cerrno>
 #include <new>
 #include <system_error>
 #include <thread>
+#include <tuple>
 
 namespace qcowcache {
 
@@ -18,7 +21,14 @@ std::optional<Connection::InUse> Connection::in_use_if_any() {
   if (!use)
     return std::nullopt;
   handle_->show();
-  return InUse{*membership_.cache, std::move(*use)};
+  return InUse{*membership_.cache, std::move(*use), membership_.verifier.get()};
+}
+
+Verifier::Outcome Connection::InUse::check() const {
+  if (verifier == nullptr)
+    return Verifier::Outcome::clean;
+  CachedImage image(cache, use.storage());
+  return verifier->check(image);
 }
 
 Connection::InUse Connection::in_use() {
@@ -35,11 +45,13 @@ void Connection::drain() noexcept {
     try {
       const InUse storage = in_use();
       storage.cache.drain(storage.use.storage());
+      std::ignore = storage.check(); // there is nobody to tell but the operator, whom it has told
     } catch (const std::exception&) {
       // What is left is found, and reported, by whoever looks at the cache next.
     }
   };
-  if (!capabilities().can_write || membership_.cache->clean())
+  const bool unchecked = membership_.verifier && membership_.verifier->has_work();
+  if (!capabilities().can_write || (membership_.cache->clean() && !unchecked))
     return;
   // Filters that sleep refuse to do so in a thread that serves a client once the client is gone.
   try {

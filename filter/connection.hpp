@@ -35,6 +35,12 @@ public:
   struct InUse {
     WriteCache& cache;
     Handle::Use use;
+    /// nullptr: nobody checks what is written.
+    Verifier* verifier = nullptr;
+
+    /// Checks what became reachable; does nothing where nobody checks. Throws std::system_error
+    /// when storage cannot be read.
+    [[nodiscard]] Verifier::Outcome check() const;
   };
   [[nodiscard]] InUse in_use();
   /// The same, but nothing before `begin` and after `end`.

@@ -1,6 +1,7 @@
 #include "export.hpp"
 
 #include <algorithm>
+#include <utility>
 
 namespace qcowcache {
 
@@ -25,6 +26,19 @@ private:
   // In this order: the cache uses the export's range lock, so it goes first.
   const std::shared_ptr<Export> owner_;
   const std::shared_ptr<WriteCache> cache_;
+};
+
+/// What the background writers see of a verifier.
+class Export::Decoding final : public Writeback::Source {
+public:
+  explicit Decoding(std::shared_ptr<Verifier> verifier) noexcept : verifier_(std::move(verifier)) {}
+
+  void write_one() override { verifier_->decode_one(); }
+  [[nodiscard]] std::size_t waiting() const override { return verifier_->waiting(); }
+  void tick() override {}
+
+private:
+  const std::shared_ptr<Verifier> verifier_;
 };
 
 std::optional<std::uint64_t> Export::shared_size() const {
@@ -76,9 +90,51 @@ std::shared_ptr<WriteCache> Export::make_cache(const Capabilities& capabilities)
     self->source = source;
     settings_.writeback->add(source);
   }
-  caches_.push_back({cache, source});
+  Entry entry{cache, source, nullptr, {}};
+  if (settings_.verify)
+    add_verifier(entry, capabilities);
+  caches_.push_back(std::move(entry));
   budget_.add_holder(cache);
   return cache;
+}
+
+void Export::add_verifier(Entry& entry, const Capabilities& capabilities) {
+  // As above: set before anybody can use it.
+  const auto self = std::make_shared<std::weak_ptr<Writeback::Source>>();
+  Verifier::Settings settings;
+  settings.patience = settings_.patience;
+  settings.report = [this](const std::string& line) { settings_.report_damage(name_, line); };
+  if (settings_.writeback != nullptr) {
+    settings.wake = [writeback = settings_.writeback, self](std::size_t waiting) {
+      if (const std::shared_ptr<Writeback::Source> decoding = self->lock())
+        writeback->wake(decoding, waiting);
+    };
+  }
+  if (capabilities.can_multi_conn)
+    settings.left_failing = std::exchange(left_failing_, {});
+  entry.verifier = std::make_shared<Verifier>(std::move(settings), budget_);
+  if (settings_.writeback != nullptr) {
+    const auto decoding = std::make_shared<Decoding>(entry.verifier);
+    *self = decoding;
+    entry.decoding = decoding;
+    settings_.writeback->add(decoding);
+  }
+}
+
+void Export::remove_verifier(Entry& entry) {
+  if (const std::shared_ptr<Writeback::Source> decoding = entry.decoding.lock())
+    settings_.writeback->remove(decoding);
+  // Storage that does not share its cache may be another disk for the next connection.
+  if (entry.verifier && entry.cache == shared_cache_)
+    left_failing_ = entry.verifier->failing_entries();
+  entry.verifier.reset();
+}
+
+std::shared_ptr<Verifier> Export::verifier_of(const WriteCache* cache) const {
+  const std::lock_guard lock(mutex_);
+  const auto entry = std::ranges::find_if(
+      caches_, [cache](const Entry& each) { return each.cache.get() == cache; });
+  return entry == caches_.end() ? nullptr : entry->verifier;
 }
 
 std::shared_ptr<WriteCache> Export::attach(const std::shared_ptr<Handle>& handle) {
@@ -116,8 +172,15 @@ void Export::detach(const std::shared_ptr<Handle>& handle,
     follow_size();
   } else {
     cache->forget_all();
-    if (cache->unsaved().bytes == 0)
+    if (cache->unsaved().bytes == 0) {
       remove(cache.get());
+    } else if (settings_.verify) {
+      // The next connection finds the image as it is then.
+      const auto entry = std::ranges::find_if(
+          caches_, [&](const Entry& each) { return each.cache == shared_cache_; });
+      remove_verifier(*entry);
+      add_verifier(*entry, handle->capabilities());
+    }
   }
 }
 
@@ -127,6 +190,7 @@ void Export::remove(const WriteCache* removed) {
   if (entry != caches_.end()) {
     if (const std::shared_ptr<Writeback::Source> source = entry->source.lock())
       settings_.writeback->remove(source);
+    remove_verifier(*entry);
   }
   if (shared_cache_.get() == removed)
     shared_cache_.reset();
@@ -160,14 +224,17 @@ void Export::changed_storage(const WriteCache* by, const ByteRange& range) const
     others = caches_;
   }
   for (const Entry& entry : others) {
-    if (entry.cache.get() != by)
+    if (entry.cache.get() != by) {
       entry.cache->forget(range);
+      if (entry.verifier)
+        entry.verifier->forget(range);
+    }
   }
 }
 
 bool Export::disposable() const {
   const std::lock_guard lock(mutex_);
-  return caches_.empty(); // every connection has one
+  return caches_.empty() && left_failing_.empty(); // every connection has a cache
 }
 
 void Export::report_left() const {
@@ -190,7 +257,9 @@ Exports::Membership Exports::attach(const std::string& name,
   auto found = exports_.find(name);
   if (found == exports_.end())
     found = exports_.emplace(name, std::make_shared<Export>(name, settings_, budget_)).first;
-  return {found->second, found->second->attach(handle)};
+  Membership membership{found->second, found->second->attach(handle), nullptr};
+  membership.verifier = membership.of->verifier_of(membership.cache.get());
+  return membership;
 }
 
 void Exports::detach(const Membership& membership, const std::shared_ptr<Handle>& handle) {

@@ -5,6 +5,7 @@
 #include "memory_budget.hpp"
 #include "range_lock.hpp"
 #include "statistics.hpp"
+#include "verifier.hpp"
 #include "write_cache.hpp"
 #include "writeback.hpp"
 
@@ -43,6 +44,11 @@ public:
     Events events{};
     /// As in `WriteCache::Settings`.
     std::chrono::milliseconds retry = WriteCache::Settings().retry;
+    /// Whether compressed clusters are checked, and how long a check waits for late data.
+    bool verify = false;
+    std::chrono::milliseconds patience{0};
+    /// Tells the operator of a cluster that cannot be read. Must not throw.
+    std::function<void(const std::string& export_name, const std::string& line)> report_damage = {};
   };
 
   /// The budget outlives the export.
@@ -51,6 +57,8 @@ public:
 
   /// A connection begins; returns its cache.
   std::shared_ptr<WriteCache> attach(const std::shared_ptr<Handle>& handle);
+  /// Who checks what is written through the cache; nullptr: nobody.
+  [[nodiscard]] std::shared_ptr<Verifier> verifier_of(const WriteCache* cache) const;
   /// It ends. With the last connection of a cache goes what the cache has learned; bytes that
   /// storage refused stay for the next connection where the cache is shared, for an export of the
   /// same size, and are reported lost where it is not. REQUIRES: the handle is retired.
@@ -60,7 +68,7 @@ public:
   /// wrote to it, or another when storage refused it there; nothing when there is none.
   std::optional<Handle::Use> borrow(const WriteCache& cache, const WriteCache::Next& next) const;
 
-  /// Nobody is connected and no bytes are left.
+  /// Nobody is connected, and neither bytes nor clusters that cannot be read are left.
   [[nodiscard]] bool disposable() const;
   /// Reports all that is left as lost: the server ends.
   void report_left() const;
@@ -74,12 +82,17 @@ private:
     std::shared_ptr<WriteCache> cache;
     /// Owned by the background writers.
     std::weak_ptr<Writeback::Source> source;
+    std::shared_ptr<Verifier> verifier;
+    std::weak_ptr<Writeback::Source> decoding;
   };
   class Source;
+  class Decoding;
 
   void follow_size();
   std::shared_ptr<WriteCache> make_cache(const Capabilities& capabilities);
   void report_lost(const WriteCache& cache) const;
+  void add_verifier(Entry& entry, const Capabilities& capabilities);
+  void remove_verifier(Entry& entry);
   void remove(const WriteCache* removed);
   void changed_storage(const WriteCache* by, const ByteRange& range) const;
   /// The size that the largest connection sees which shares the cache; nothing when there is none.
@@ -94,6 +107,8 @@ private:
   std::vector<Member> members_;
   std::vector<Entry> caches_;
   std::shared_ptr<WriteCache> shared_cache_;
+  /// What could not be read when the last connection of the shared cache ended.
+  std::vector<Verifier::Entry> left_failing_;
 };
 
 /// All exports that somebody is connected to or that have bytes left. Thread safe.
@@ -105,6 +120,7 @@ public:
   struct Membership {
     std::shared_ptr<Export> of;
     std::shared_ptr<WriteCache> cache;
+    std::shared_ptr<Verifier> verifier;
   };
   Membership attach(const std::string& name, const std::shared_ptr<Handle>& handle);
   void detach(const Membership& membership, const std::shared_ptr<Handle>& handle);

@@ -107,6 +107,10 @@ const char* Parameters::help() noexcept {
          "                               Rewrite that report this often while serving, up to "
          "86400\n"
          "                               (default 0: only at the end).\n"
+         "qcowcache-verify=off|warn|error\n"
+         "                               Check that compressed clusters can be read before a "
+         "flush\n"
+         "                               is acknowledged (default off).\n"
          "qcowcache-readback=<BOOL>      Read back and compare each write to storage (default\n"
          "                               false).";
 }
@@ -179,6 +183,17 @@ bool Parameters::set(std::string_view key, std::string_view value) {
     size_file_ = absolute.string(); // nbdkit changes directory later
     return true;
   }
+  if (key == "qcowcache-verify") {
+    if (value == "off")
+      verify_ = Verify::off;
+    else if (value == "warn")
+      verify_ = Verify::warn;
+    else if (value == "error")
+      verify_ = Verify::error;
+    else
+      refuse(key, value, "off, warn or error");
+    return true;
+  }
   if (key == "qcowcache-readback") {
     const std::optional<bool> wanted = parse_bool(value);
     if (!wanted)
@@ -187,10 +202,10 @@ bool Parameters::set(std::string_view key, std::string_view value) {
     return true;
   }
   if (key.substr(0, prefix.size()) == prefix) {
-    throw ParameterError(
-        beginning_of_line(key, value) +
-        "no such parameter; allowed: cluster-size, expire, max-write, "
-        "readback, size, size-file, stats, stats-interval and writers, each after qcowcache-");
+    throw ParameterError(beginning_of_line(key, value) +
+                         "no such parameter; allowed: cluster-size, expire, max-write, "
+                         "readback, size, size-file, stats, stats-interval, verify and writers, "
+                         "each after qcowcache-");
   }
   return false;
 }
@@ -199,6 +214,14 @@ void Parameters::check() const {
   if (stats_interval_ && stats_file_.empty())
     refuse("qcowcache-stats-interval", std::to_string(stats_interval_->count()),
            "used together with qcowcache-stats, or 0");
+  if (verify_ == Verify::off || !cluster_size_)
+    return;
+  std::string line("qcowcache-verify=");
+  line.append(verify_ == Verify::warn ? "warn" : "error")
+      .append(": conflicts with qcowcache-cluster-size=")
+      .append(std::to_string(*cluster_size_))
+      .append(", which must be auto so that the qcow2 header is looked at");
+  throw ParameterError(line);
 }
 
 } // namespace qcowcache

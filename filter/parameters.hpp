@@ -16,6 +16,13 @@ public:
   using std::invalid_argument::invalid_argument;
 };
 
+/// What a compressed cluster that cannot be read does to a flush.
+enum class Verify {
+  off,   ///< nobody looks
+  warn,  ///< the operator is told
+  error, ///< and the flush fails
+};
+
 /// The filter's part of nbdkit's command line. Not thread safe; read only once nbdkit serves.
 class Parameters {
 public:
@@ -50,6 +57,8 @@ public:
     return stats_interval_;
   }
 
+  /// What a flush does about compressed clusters that cannot be read.
+  [[nodiscard]] Verify verify() const noexcept { return verify_; }
   /// Whether each write to storage is read back and compared.
   [[nodiscard]] bool readback() const noexcept { return readback_; }
 
@@ -63,6 +72,7 @@ private:
   std::string stats_file_;
   std::optional<std::chrono::seconds> stats_interval_;
   bool readback_ = false;
+  Verify verify_ = Verify::off;
 };
 
 /// A number of bytes as nbdkit writes it: digits, then nothing or one of B, K, M, G, T, P, E

@@ -1,6 +1,7 @@
 // The door: nbdkit's callbacks. Each turns C into C++, asks the room that knows, and turns what
 // comes back, an exception included, into C again.
 
+#include "cached_image.hpp"
 #include "connection.hpp"
 #include "events.hpp"
 #include "export.hpp"
@@ -17,6 +18,7 @@
 #include <nbdkit-filter.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <exception>
 #include <list>
@@ -24,6 +26,7 @@
 #include <mutex>
 #include <new>
 #include <optional>
+#include <span>
 #include <string>
 #include <system_error>
 
@@ -57,6 +60,16 @@ void report_loss(const std::string& export_name, const Unsaved& lost) {
   nbdkit_error("qcowcache: %s", loss_message(export_name, lost).c_str());
 }
 
+void report_damage(const std::string& export_name, const std::string& line) {
+  nbdkit_error("qcowcache: export \"%s\": %s", export_name.c_str(), line.c_str());
+}
+
+/// How long a check waits for data that may have been overtaken by the entry that names it.
+/// Measured with 64 backup workers: 24 ms at most.
+std::chrono::milliseconds patience(int thread_model) {
+  return std::chrono::seconds(thread_model == NBDKIT_THREAD_MODEL_PARALLEL ? 2 : 0);
+}
+
 /// The same storage, whose writes are read back; the operator is told of each that differs.
 std::unique_ptr<Storage> read_back(std::unique_ptr<Storage> storage,
                                    const std::string& export_name) {
@@ -78,7 +91,8 @@ public:
         writers_(thread_model == NBDKIT_THREAD_MODEL_PARALLEL ? parameters.writers() : 0),
         writeback_([this] { follow_size(); }),
         exports_({parameters.cluster_size(), parameters.max_write(), parameters.expire(),
-                  writers_ > 0 ? &writeback_ : nullptr, report_loss, &statistics_, events()},
+                  writers_ > 0 ? &writeback_ : nullptr, report_loss, &statistics_, events(),
+                  parameters.verify() != Verify::off, patience(thread_model), report_damage},
                  budget_),
         stats_interval_(parameters.stats_interval()) {
     if (!parameters.size_file().empty()) {
@@ -328,9 +342,25 @@ int filter_pwrite(nbdkit_next* /*next*/, void* handle, const void* buffer, std::
   return serve("write", err, [&] {
     server->follow_size();
     const Connection::InUse in_use = connection_of(handle).in_use();
-    in_use.cache.write(in_use.use.storage(), offset, {static_cast<const std::byte*>(buffer), count},
-                       (flags & NBDKIT_FLAG_FUA) != 0);
+    const std::span data{static_cast<const std::byte*>(buffer), count};
+    CachedImage image(in_use.cache, in_use.use.storage());
+    Verifier::Change change(in_use.verifier, image, {offset, offset + count});
+    in_use.cache.write(in_use.use.storage(), offset, data, (flags & NBDKIT_FLAG_FUA) != 0);
+    change.wrote(data);
   });
+}
+
+/// What cannot be checked because storage cannot be read is no better than damage, and worth no
+/// more than a warning where damage is not.
+Verifier::Outcome check(const Connection::InUse& in_use) {
+  try {
+    return in_use.check();
+  } catch (const std::exception& error) {
+    if (parameters.verify() == Verify::error)
+      throw;
+    nbdkit_error("qcowcache: verify: %s", error.what());
+    return Verifier::Outcome::damaged;
+  }
 }
 
 int filter_flush(nbdkit_next* /*next*/, void* handle, std::uint32_t /*flags*/, int* err) {
@@ -338,6 +368,10 @@ int filter_flush(nbdkit_next* /*next*/, void* handle, std::uint32_t /*flags*/, i
     server->follow_size();
     const Connection::InUse in_use = connection_of(handle).in_use();
     in_use.cache.flush(in_use.use.storage());
+    if (check(in_use) == Verifier::Outcome::damaged && parameters.verify() == Verify::error)
+      throw std::system_error(EIO, std::generic_category(),
+                              std::to_string(in_use.verifier->failing()) +
+                                  " compressed clusters cannot be read");
   });
 }
 
@@ -345,6 +379,8 @@ int filter_trim(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::u
                 std::uint32_t flags, int* err) {
   return serve("trim", err, [&] {
     const Connection::InUse in_use = connection_of(handle).in_use();
+    CachedImage image(in_use.cache, in_use.use.storage());
+    const Verifier::Change change(in_use.verifier, image, {offset, offset + count});
     in_use.cache.trim(in_use.use.storage(), {offset, offset + count},
                       (flags & NBDKIT_FLAG_FUA) != 0);
   });
@@ -359,8 +395,11 @@ int filter_zero(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::u
   bool not_fast = false;
   const int result = serve("zero", err, [&] {
     const Connection::InUse in_use = connection_of(handle).in_use();
+    CachedImage image(in_use.cache, in_use.use.storage());
+    Verifier::Change change(in_use.verifier, image, {offset, offset + count});
     try {
       in_use.cache.zero(in_use.use.storage(), {offset, offset + count}, options);
+      change.zeroed();
     } catch (const std::system_error& error) {
       not_fast = options.fast && (error.code() == std::errc::not_supported ||
                                   error.code() == std::errc::operation_not_supported);

@@ -373,6 +373,16 @@ void WriteCache::keep_header(const Lock& lock, std::span<const std::byte> data) 
   }
 }
 
+bool WriteCache::knows_header() const {
+  const Lock lock(mutex_);
+  return header_.complete(size_);
+}
+
+std::optional<qcow2::Header> WriteCache::header() const {
+  const Lock lock(mutex_);
+  return header_.header(size_);
+}
+
 void WriteCache::learn_zeros(Storage& storage, const ByteRange& range) {
   // Large, but not so large that the answer for a fragmented file takes megabytes.
   constexpr std::uint64_t window = std::uint64_t{128} * 1024 * 1024;

@@ -1,0 +1,26 @@
+#pragma once
+
+#include "storage.hpp"
+#include "verifier.hpp"
+#include "write_cache.hpp"
+
+namespace qcowcache {
+
+/// The file as clients of one cache see it: what is cached over what is on storage. Both outlive
+/// it.
+class CachedImage final : public Verifier::Image {
+public:
+  CachedImage(WriteCache& cache, Storage& storage) noexcept : cache_(cache), storage_(storage) {}
+
+  std::optional<qcow2::Header> header() override;
+  [[nodiscard]] std::uint64_t size() const override { return storage_.capabilities().size; }
+  void read(std::uint64_t offset, std::span<std::byte> data) override {
+    cache_.read(storage_, offset, data);
+  }
+
+private:
+  WriteCache& cache_;
+  Storage& storage_;
+};
+
+} // namespace qcowcache

@@ -1,0 +1,414 @@
+#include "table_follower.hpp"
+
+#include "big_endian.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <new>
+#include <utility>
+
+namespace qcowcache::qcow2 {
+
+namespace {
+
+/// Clients write zeros in many places: what is beyond this number is only read once more.
+constexpr std::size_t most_zero_ranges = 1024;
+constexpr std::size_t bits = 64;
+
+bool all_zeros(std::span<const std::byte> data) noexcept {
+  return data.front() == std::byte{0} &&
+         std::memcmp(data.data(), data.data() + 1, data.size() - 1) == 0;
+}
+
+bool same_layout(const Header& left, const Header& right) noexcept {
+  return left.cluster_bits == right.cluster_bits && left.extended_l2 == right.extended_l2 &&
+         left.compression == right.compression;
+}
+
+} // namespace
+
+// ---- The L1 table
+
+void TableFollower::clear() noexcept {
+  header_.reset();
+  l1_stale_ = false;
+  l1_touched_ = false;
+  lost_ = false;
+  lost_touched_ = false;
+  l1_.clear();
+  by_offset_.clear();
+  copies_.clear();
+}
+
+void TableFollower::lose() noexcept {
+  l1_.clear();
+  by_offset_.clear();
+  copies_.clear();
+  l1_stale_ = false;
+  lost_ = true;
+  lost_touched_ = true;
+}
+
+void TableFollower::set_header(const Header& header) noexcept {
+  if (!header_ || !same_layout(*header_, header)) {
+    clear();
+    l1_stale_ = true;
+  } else if (header_->l1 != header.l1) {
+    l1_stale_ = !lost_;
+    lost_touched_ = lost_;
+  }
+  header_ = header;
+}
+
+ByteRange TableFollower::l1_range() const noexcept {
+  if (!header_)
+    return {};
+  const TablePlace& l1 = header_->l1;
+  return {l1.offset, l1.offset + std::uint64_t{l1.entries} * l1_entry_size};
+}
+
+void TableFollower::l1_entries(std::uint32_t first, std::span<const std::byte> bytes,
+                               bool old) noexcept {
+  if (lost_)
+    return;
+  try {
+    for (std::size_t at = 0; at + l1_entry_size <= bytes.size(); at += l1_entry_size)
+      set_l1_entry(first + static_cast<std::uint32_t>(at / l1_entry_size), l1_entry(bytes, at),
+                   old);
+  } catch (const std::bad_alloc&) {
+    lose();
+  }
+}
+
+void TableFollower::end_reading_l1() noexcept {
+  if (lost_)
+    return;
+  while (l1_.size() > header_->l1.entries) {
+    place(static_cast<std::uint32_t>(l1_.size() - 1), 0);
+    copies_.erase(static_cast<std::uint32_t>(l1_.size() - 1));
+    l1_.pop_back();
+  }
+  l1_stale_ = l1_touched_;
+  l1_touched_ = false;
+}
+
+void TableFollower::set_l1_entry(std::uint32_t index, std::uint64_t value, bool old) {
+  if (index >= header_->l1.entries)
+    return;
+  const std::uint64_t offset = l2_table_offset(value, *header_).value_or(0);
+  if (index >= l1_.size())
+    l1_.resize(header_->l1.entries);
+  const std::uint64_t before = l1_[index];
+  if (offset == before)
+    return;
+  if (offset == 0) {
+    copies_.erase(index);
+  } else if (!old) {
+    const bool was_unread = before != 0 && copy_of(index) == nullptr;
+    Copy& copy = make_copy(index);
+    copy.stale = true;
+    copy.touched = true;
+    if (was_unread)
+      copy.replaced = before;
+    if (zeros_.contains({offset, offset + header_->cluster_size()})) {
+      copy.replaced = 0;
+      if (allocate(copy)) {
+        std::ranges::fill(copy.entries, 0);
+        std::ranges::fill(copy.unchecked, 0);
+        copy.unchecked_count = 0;
+        copy.stale = false;
+      }
+    }
+  }
+  place(index, offset);
+}
+
+/// The table of this index is at `offset`, 0 for nowhere. Throws std::bad_alloc but for 0.
+void TableFollower::place(std::uint32_t index, std::uint64_t offset) {
+  const auto position = [this](std::uint32_t wanted) {
+    return std::partition_point(by_offset_.begin(), by_offset_.end(), [&](std::uint32_t other) {
+      return std::pair(l1_[other], other) < std::pair(l1_[wanted], wanted);
+    });
+  };
+  if (l1_[index] != 0)
+    by_offset_.erase(position(index));
+  l1_[index] = offset;
+  if (offset != 0)
+    by_offset_.insert(position(index), index);
+}
+
+// ---- Copies of L2 tables
+
+TableFollower::Copy* TableFollower::copy_of(std::uint32_t index) noexcept {
+  const auto found = copies_.find(index);
+  return found == copies_.end() ? nullptr : &found->second;
+}
+
+const TableFollower::Copy* TableFollower::copy_of(std::uint32_t index) const noexcept {
+  const auto found = copies_.find(index);
+  return found == copies_.end() ? nullptr : &found->second;
+}
+
+/// Throws std::bad_alloc.
+TableFollower::Copy& TableFollower::make_copy(std::uint32_t index) {
+  try {
+    return copies_.try_emplace(index, memory_).first->second;
+  } catch (const std::bad_alloc&) {
+    drop_checked_copies();
+  }
+  return copies_.try_emplace(index, memory_).first->second;
+}
+
+/// Makes room for the entries of a copy that has work. Returns false when there is no memory.
+bool TableFollower::allocate(Copy& copy) noexcept {
+  if (!copy.entries.empty())
+    return true;
+  const std::size_t count = header_->l2_entries();
+  for (const bool again : {false, true}) {
+    try {
+      copy.unchecked.resize((count + bits - 1) / bits);
+      copy.entries.resize(count);
+      return true;
+    } catch (const std::bad_alloc&) {
+      if (!again)
+        drop_checked_copies();
+    }
+  }
+  return false;
+}
+
+void TableFollower::drop_checked_copies() noexcept {
+  std::erase_if(copies_, [](const auto& item) { return !item.second.has_work(); });
+}
+
+void TableFollower::apply(Copy& copy, std::uint32_t l2_index, std::uint64_t value) noexcept {
+  const std::uint64_t entry = is_compressed(value) ? value : 0;
+  if (copy.entries[l2_index] == entry)
+    return;
+  copy.entries[l2_index] = entry;
+  std::uint64_t& word = copy.unchecked[l2_index / bits];
+  const std::uint64_t bit = std::uint64_t{1} << l2_index % bits;
+  const bool was_unchecked = (word & bit) != 0;
+  if (entry != 0 && !was_unchecked)
+    ++copy.unchecked_count;
+  else if (entry == 0 && was_unchecked)
+    --copy.unchecked_count;
+  word = entry != 0 ? word | bit : word & ~bit;
+}
+
+void TableFollower::load_checked(std::uint32_t l1_index,
+                                 std::span<const std::byte> table) noexcept {
+  if (lost_ || l1_index >= l1_.size() || l1_[l1_index] == 0)
+    return;
+  try {
+    const bool is_new = copy_of(l1_index) == nullptr;
+    Copy& copy = make_copy(l1_index);
+    const bool stale = !is_new && copy.stale;
+    copy.stale = true; // so that it is not dropped to make room for itself
+    copy.replaced = 0;
+    if (copy.entries.empty() && allocate(copy)) {
+      for (std::uint32_t i = 0; i < copy.entries.size(); ++i) {
+        const std::uint64_t value = l2_entry(table, i, *header_);
+        copy.entries[i] = is_compressed(value) ? value : 0;
+      }
+    }
+    copy.stale = stale;
+    if (copy.entries.empty() && !stale)
+      copies_.erase(l1_index);
+  } catch (const std::bad_alloc&) {
+    return; // it stays unread: then all of its entries will count as new
+  }
+}
+
+std::optional<std::uint32_t> TableFollower::stale_from(std::uint32_t l1_index) const noexcept {
+  for (auto it = copies_.lower_bound(l1_index); it != copies_.end(); ++it) {
+    if (it->second.stale)
+      return it->first;
+  }
+  return std::nullopt;
+}
+
+std::optional<std::uint64_t> TableFollower::replaced(std::uint32_t l1_index) const noexcept {
+  const Copy* copy = copy_of(l1_index);
+  if (copy == nullptr || copy->replaced == 0 || !copy->entries.empty())
+    return std::nullopt;
+  return copy->replaced;
+}
+
+void TableFollower::begin_reading(std::uint32_t l1_index) noexcept {
+  if (Copy* copy = copy_of(l1_index))
+    copy->touched = false;
+}
+
+bool TableFollower::load(std::uint32_t l1_index, std::span<const std::byte> table) noexcept {
+  Copy* copy = copy_of(l1_index);
+  if (copy == nullptr || !copy->stale)
+    return true;
+  if (!allocate(*copy))
+    return false;
+  for (std::uint32_t i = 0; i < copy->entries.size(); ++i)
+    apply(*copy, i, l2_entry(table, i, *header_));
+  copy->replaced = 0;
+  copy->stale = copy->touched;
+  return true;
+}
+
+void TableFollower::looked_at_all(std::uint32_t l1_index, bool good) noexcept {
+  const Copy* copy = copy_of(l1_index);
+  if (copy != nullptr && good && !copy->touched)
+    copies_.erase(l1_index);
+}
+
+std::optional<TableFollower::Entry>
+TableFollower::unchecked_from(std::uint32_t l1_index, std::uint32_t l2_index) const noexcept {
+  for (auto it = copies_.lower_bound(l1_index); it != copies_.end(); ++it) {
+    const Copy& copy = it->second;
+    const std::uint32_t first = it->first == l1_index ? l2_index : 0;
+    if (copy.unchecked_count > 0) {
+      for (std::size_t word = first / bits; word < copy.unchecked.size(); ++word) {
+        std::uint64_t set = copy.unchecked[word];
+        if (word == first / bits)
+          set &= ~std::uint64_t{0} << first % bits;
+        if (set != 0) {
+          const auto found = static_cast<std::uint32_t>(
+              word * bits + static_cast<std::size_t>(std::countr_zero(set)));
+          return Entry{it->first, found, copy.entries[found]};
+        }
+      }
+    }
+  }
+  return std::nullopt;
+}
+
+void TableFollower::checked(const Entry& entry) noexcept {
+  Copy* copy = copy_of(entry.l1_index);
+  if (copy == nullptr || copy->entries.empty() || copy->entries[entry.l2_index] != entry.value)
+    return;
+  std::uint64_t& word = copy->unchecked[entry.l2_index / bits];
+  const std::uint64_t bit = std::uint64_t{1} << entry.l2_index % bits;
+  if ((word & bit) != 0)
+    --copy->unchecked_count;
+  word &= ~bit;
+}
+
+void TableFollower::uncheck(const Entry& entry) noexcept {
+  Copy* copy = copy_of(entry.l1_index);
+  if (copy == nullptr) {
+    const std::uint64_t offset = l1_[entry.l1_index];
+    changed({offset, offset + 1}); // without a copy all of its entries are looked at
+  } else if (entry.l2_index < copy->entries.size() &&
+             copy->entries[entry.l2_index] == entry.value) {
+    copy->entries[entry.l2_index] = 0;
+    apply(*copy, entry.l2_index, entry.value);
+  }
+}
+
+bool TableFollower::has_work() const noexcept {
+  return l1_stale_ || lost_touched_ ||
+         std::ranges::any_of(copies_, [](const auto& item) { return item.second.has_work(); });
+}
+
+// ---- What is written
+
+template <typename Function>
+void TableFollower::for_each_table(const ByteRange& range, Function function) const {
+  if (!header_)
+    return;
+  const std::uint64_t size = header_->cluster_size();
+  auto it = std::partition_point(by_offset_.begin(), by_offset_.end(), [&](std::uint32_t index) {
+    return l1_[index] + size <= range.begin;
+  });
+  for (; it != by_offset_.end() && l1_[*it] < range.end; ++it)
+    function(*it);
+}
+
+std::optional<std::uint32_t> TableFollower::unread_in(const ByteRange& range) const noexcept {
+  std::optional<std::uint32_t> found;
+  for_each_table(range, [&](std::uint32_t index) {
+    if (!found && copy_of(index) == nullptr)
+      found = index;
+  });
+  return found;
+}
+
+bool TableFollower::is_table(const ByteRange& range) const noexcept {
+  bool found = range.overlaps(l1_range());
+  for_each_table(range, [&](std::uint32_t /*index*/) { found = true; });
+  return found;
+}
+
+/// `entry_at` gives the entry that begins at an offset in the file; nothing: no entry is known.
+void TableFollower::write_tables(const ByteRange& range, const EntryAt& entry_at) noexcept {
+  lost_touched_ = lost_touched_ || lost_;
+  try {
+    for_each_table(range, [&](std::uint32_t index) {
+      Copy& copy = make_copy(index);
+      const std::uint64_t offset = l1_[index];
+      const std::uint64_t entry_size = header_->l2_entry_size();
+      const ByteRange part = range.intersection({offset, offset + header_->cluster_size()});
+      const bool whole_entries = part.begin % entry_size == 0 && part.end % entry_size == 0;
+      if (copy.stale || copy.entries.empty() || !whole_entries || !entry_at) {
+        copy.stale = true;
+        copy.touched = true;
+        return;
+      }
+      for (std::uint64_t at = part.begin; at < part.end; at += entry_size)
+        apply(copy, static_cast<std::uint32_t>((at - offset) / entry_size), entry_at(at));
+    });
+  } catch (const std::bad_alloc&) {
+    lose();
+  }
+}
+
+void TableFollower::note_zeros(const ByteRange& range, bool zeros) noexcept {
+  try {
+    if (zeros)
+      zeros_.add(range);
+    else
+      zeros_.remove(range);
+    if (zeros_.count() > most_zero_ranges)
+      zeros_.clear();
+  } catch (const std::bad_alloc&) {
+    zeros_.clear();
+  }
+}
+
+void TableFollower::wrote(std::uint64_t offset, std::span<const std::byte> data) noexcept {
+  const ByteRange range{offset, offset + data.size()};
+  note_zeros(range, all_zeros(data));
+  write_tables(range, EntryAt([&](std::uint64_t at) {
+                 return big_endian<std::uint64_t>(data, at - offset);
+               }));
+  const ByteRange l1 = range.intersection(l1_range());
+  if (l1.empty())
+    return;
+  const bool whole_entries = l1.begin % l1_entry_size == 0 && l1.end % l1_entry_size == 0;
+  if (l1_stale_ || !whole_entries) {
+    l1_stale_ = !lost_;
+    l1_touched_ = true;
+    return;
+  }
+  l1_entries(static_cast<std::uint32_t>((l1.begin - header_->l1.offset) / l1_entry_size),
+             data.subspan(l1.begin - offset, l1.size()), false);
+}
+
+void TableFollower::zeroed(const ByteRange& range) noexcept {
+  note_zeros(range, true);
+  write_tables(range, EntryAt([](std::uint64_t /*at*/) { return std::uint64_t{0}; }));
+  if (range.overlaps(l1_range())) {
+    l1_stale_ = !lost_;
+    l1_touched_ = true;
+  }
+}
+
+void TableFollower::changed(const ByteRange& range) noexcept {
+  note_zeros(range, false);
+  write_tables(range, EntryAt());
+  if (range.overlaps(l1_range())) {
+    l1_stale_ = !lost_;
+    l1_touched_ = true;
+  }
+}
+
+} // namespace qcowcache::qcow2

@@ -1,0 +1,731 @@
+#include "verifier.hpp"
+
+#include <algorithm>
+#include <new>
+#include <system_error>
+
+namespace qcowcache {
+
+namespace {
+
+using qcow2::Compression;
+using qcow2::Decoding;
+using qcow2::Decompressor;
+using qcow2::Header;
+
+constexpr std::size_t share_of_budget = 8;
+/// Writers that are slower than clients are not helped by more.
+constexpr std::size_t most_waiting = 64;
+constexpr std::size_t most_decompressors = 5;
+constexpr std::size_t most_failures = 1024;
+constexpr std::size_t most_reported = 4;
+constexpr std::size_t batch = 4096;
+/// Clusters that lie side by side are read together, in bytes.
+constexpr std::uint64_t largest_read = std::uint64_t{1024} * 1024;
+constexpr std::uint64_t worth_reading_over = std::uint64_t{64} * 1024;
+constexpr unsigned most_tries = 3;
+
+/// Reads a part of the image, with zeros for what lies past its end.
+void read_padded(Verifier::Image& image, std::uint64_t offset, std::span<std::byte> data) {
+  const ByteRange inside = ByteRange{offset, offset + data.size()}.intersection({0, image.size()});
+  std::fill(data.begin() + static_cast<std::ptrdiff_t>(inside.size()), data.end(), std::byte{0});
+  if (!inside.empty())
+    image.read(offset, data.first(inside.size()));
+}
+
+bool all_zeros(std::span<const std::byte> data) {
+  return std::ranges::all_of(data, [](std::byte byte) { return byte == std::byte{0}; });
+}
+
+std::unique_ptr<std::pmr::unsynchronized_pool_resource> make_pool(CountedMemory& memory) {
+  try {
+    return std::make_unique<std::pmr::unsynchronized_pool_resource>(&memory);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+
+/// The lock's mutex is free while this lives.
+class Unlocked {
+public:
+  explicit Unlocked(std::unique_lock<std::mutex>& lock) : lock_(lock) { lock_.unlock(); }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+  ~Unlocked() { lock_.lock(); }
+
+private:
+  std::unique_lock<std::mutex>& lock_;
+};
+
+} // namespace
+
+Verifier::Verifier(Settings settings, MemoryBudget& budget)
+    : settings_(std::move(settings)), memory_(budget, share_of_budget), pool_(make_pool(memory_)),
+      containers_(pool_ ? pool_.get() : std::pmr::null_memory_resource()), streams_(containers_),
+      tables_(containers_) {}
+
+Verifier::~Verifier() = default;
+
+// ---- Changes
+
+Verifier::Change::Change(Verifier* verifier, Image& image, const ByteRange& range) noexcept
+    : verifier_(verifier), range_(range) {
+  if (verifier_ == nullptr)
+    return;
+  try {
+    entry_ = verifier_->begin(image, range);
+  } catch (const std::exception&) {
+    verifier_->give_up();
+  }
+}
+
+Verifier::Change::~Change() {
+  if (!entry_)
+    return;
+  try {
+    verifier_->end_changed(*entry_);
+  } catch (const std::exception&) {
+    verifier_->give_up();
+  }
+}
+
+void Verifier::Change::wrote(std::span<const std::byte> data) noexcept {
+  if (!entry_)
+    return;
+  try {
+    verifier_->end(*std::exchange(entry_, std::nullopt), data);
+  } catch (const std::exception&) {
+    verifier_->give_up();
+  }
+}
+
+void Verifier::Change::zeroed() noexcept {
+  if (!entry_)
+    return;
+  try {
+    verifier_->end_zeroed(*std::exchange(entry_, std::nullopt));
+  } catch (const std::exception&) {
+    verifier_->give_up();
+  }
+}
+
+/// Something was not noted for want of memory: nothing is known any more.
+void Verifier::give_up() noexcept {
+  const Lock lock(mutex_);
+  streams_.clear();
+  for (Job& job : jobs_)
+    job.outdated = true;
+  opened_ = true;
+  header_stale_ = true;
+  tables_.lose();
+  tables_changed_ = true;
+  changed_.notify_all();
+}
+
+std::list<ByteRange>::iterator Verifier::begin(Image& image, const ByteRange& range) {
+  Lock lock(mutex_);
+  open(lock, image);
+  outdate(lock, range);
+  arrived(lock, range);
+  keep_old_tables(lock, image, range);
+  return in_progress_.insert(in_progress_.end(), range);
+}
+
+ByteRange Verifier::end_progress(const Lock& lock, std::list<ByteRange>::iterator entry) {
+  const ByteRange range = *entry;
+  in_progress_.erase(entry);
+  header_stale_ = header_stale_ || range.begin < qcow2::header_bytes;
+  tables_changed_ = tables_changed_ || header_stale_ || tables_.is_table(range);
+  arrived(lock, range);
+  changed_.notify_all();
+  return range;
+}
+
+void Verifier::end(std::list<ByteRange>::iterator entry, std::span<const std::byte> data) {
+  Lock lock(mutex_);
+  const ByteRange range = end_progress(lock, entry);
+  tables_.wrote(range.begin, data);
+  if (!may_be_stream(lock, range, data))
+    return;
+  const Header& header = *tables_.header();
+  const auto job =
+      jobs_.insert(jobs_.end(), Job{++last_job_, range, header.compression, header.cluster_size(),
+                                    std::pmr::vector<std::byte>(containers_)});
+  if (settings_.wake && waiting_ < most_waiting) {
+    try {
+      job->data.assign(data.begin(), data.end());
+      ++waiting_;
+      settings_.wake(waiting_);
+      return;
+    } catch (const std::bad_alloc&) {
+      job->data.clear(); // decoded here and now, from where it is
+    }
+  }
+  job->taken = true;
+  decode(lock, job, data);
+}
+
+void Verifier::end_zeroed(std::list<ByteRange>::iterator entry) {
+  const Lock lock(mutex_);
+  tables_.zeroed(end_progress(lock, entry));
+}
+
+void Verifier::end_changed(std::list<ByteRange>::iterator entry) {
+  const Lock lock(mutex_);
+  tables_.changed(end_progress(lock, entry));
+}
+
+void Verifier::forget(const ByteRange& range) noexcept {
+  const Lock lock(mutex_);
+  outdate(lock, range);
+  arrived(lock, range);
+  header_stale_ = header_stale_ || range.begin < qcow2::header_bytes;
+  tables_.changed(range);
+  tables_changed_ = true;
+  changed_.notify_all();
+}
+
+/// Remembered streams in the range are no longer what they were.
+void Verifier::outdate(const Lock& /*lock*/, const ByteRange& range) noexcept {
+  streams_.forget(range);
+  for (Job& job : jobs_)
+    job.outdated = job.outdated || job.range.overlaps(range);
+}
+
+/// Whoever waits for bytes in the range should look again.
+void Verifier::arrived(const Lock& /*lock*/, const ByteRange& range) noexcept {
+  for (auto& [place, failure] : failures_)
+    failure.touched = failure.touched || failure.data.overlaps(range);
+  if (!watched_.overlaps(range))
+    return;
+  try {
+    written_while_watched_.add(range);
+  } catch (const std::bad_alloc&) {
+    written_while_watched_.clear(); // one range takes no memory
+    written_while_watched_.add(watched_);
+  }
+}
+
+/// Reads a part of a table, unless it was written with zeros.
+void Verifier::read_table(Lock& lock, Image& image, std::uint64_t offset,
+                          std::span<std::byte> bytes) {
+  if (tables_.reads_zeros({offset, offset + bytes.size()})) {
+    std::ranges::fill(bytes, std::byte{0});
+    return;
+  }
+  const Unlocked unlocked(lock);
+  read_padded(image, offset, bytes);
+}
+
+/// At the first change: what the image has already is not new.
+void Verifier::open(Lock& lock, Image& image) {
+  changed_.wait(lock, [this] { return !opening_; });
+  if (opened_)
+    return;
+  opening_ = true;
+  try {
+    std::optional<Header> header;
+    {
+      const Unlocked unlocked(lock);
+      header = image.header();
+    }
+    if (header) {
+      tables_.set_header(*header);
+      const ByteRange l1 = tables_.l1_range();
+      std::vector<std::byte> bytes;
+      for (ByteRange rest = l1; !rest.empty();) {
+        bytes.resize(std::min(rest.size(), worth_reading_over));
+        read_table(lock, image, rest.begin, bytes);
+        tables_.l1_entries(
+            static_cast<std::uint32_t>((rest.begin - l1.begin) / qcow2::l1_entry_size), bytes,
+            true);
+        rest.begin += bytes.size();
+      }
+      tables_.begin_reading_l1();
+      tables_.end_reading_l1();
+      take_over_failing(lock, image);
+    }
+  } catch (const std::system_error&) {
+    header_stale_ = true; // what cannot be read now is looked at by the next check
+  } catch (...) {
+    opening_ = false;
+    changed_.notify_all();
+    throw;
+  }
+  opening_ = false;
+  opened_ = true;
+  changed_.notify_all();
+}
+
+void Verifier::take_over_failing(Lock& lock, Image& image) {
+  const std::uint32_t cluster_size = tables_.header()->cluster_size();
+  for (const Entry& entry : settings_.left_failing) {
+    if (tables_.has_table(entry.l1_index)) {
+      const std::uint64_t offset = tables_.table_offset(entry.l1_index);
+      if (tables_.unread_in({offset, offset + 1})) {
+        std::vector<std::byte> table(cluster_size);
+        read_table(lock, image, offset, table);
+        tables_.load_checked(entry.l1_index, table);
+      }
+      tables_.uncheck(entry);
+    }
+  }
+}
+
+/// Reads the tables that the range is going to change, unless they are in memory.
+void Verifier::keep_old_tables(Lock& lock, Image& image, const ByteRange& range) {
+  std::optional<std::uint32_t> last;
+  std::optional<std::uint32_t> index = tables_.unread_in(range);
+  while (index && index != last) {
+    if (being_kept_.contains(*index)) {
+      changed_.wait(lock);
+    } else {
+      last = index;
+      being_kept_.insert(*index);
+      const std::uint64_t offset = tables_.table_offset(*index);
+      bool read = false;
+      std::vector<std::byte> table(tables_.header()->cluster_size());
+      try {
+        read_table(lock, image, offset, table);
+        read = true;
+      } catch (const std::system_error&) {
+        read = false; // then all of its entries will count as new
+      }
+      being_kept_.erase(*index);
+      changed_.notify_all();
+      if (read)
+        tables_.load_checked(*index, table);
+    }
+    index = tables_.unread_in(range);
+  }
+}
+
+// ---- Decoding as data arrives
+
+bool Verifier::may_be_stream(const Lock& /*lock*/, const ByteRange& range,
+                             std::span<const std::byte> data) const {
+  const std::optional<Header>& header = tables_.header();
+  return header && !header_stale_ && data.size() < header->cluster_size() &&
+         range.begin >= header->cluster_size() &&
+         Decompressor::may_begin(header->compression, data) && !tables_.is_table(range);
+}
+
+std::unique_ptr<Decompressor> Verifier::borrow_decompressor(Lock& lock) {
+  changed_.wait(
+      lock, [this] { return !idle_decompressors_.empty() || decompressors_ < most_decompressors; });
+  if (idle_decompressors_.empty()) {
+    idle_decompressors_.reserve(most_decompressors);
+    auto fresh = std::make_unique<Decompressor>();
+    ++decompressors_;
+    return fresh;
+  }
+  std::unique_ptr<Decompressor> idle = std::move(idle_decompressors_.back());
+  idle_decompressors_.pop_back();
+  return idle;
+}
+
+void Verifier::give_back(const Lock& /*lock*/, std::unique_ptr<Decompressor> decompressor) {
+  idle_decompressors_.push_back(std::move(decompressor));
+  changed_.notify_all();
+}
+
+void Verifier::decode(Lock& lock, Jobs::iterator job, std::span<const std::byte> data) {
+  Decoding decoding;
+  try {
+    std::unique_ptr<Decompressor> decompressor = borrow_decompressor(lock);
+    try {
+      const Unlocked unlocked(lock);
+      decoding = decompressor->decode(job->compression, data, job->cluster_size);
+    } catch (const std::bad_alloc&) {
+      decoding = {}; // the check will try again
+    }
+    give_back(lock, std::move(decompressor));
+  } catch (const std::bad_alloc&) {
+    decoding = {};
+  }
+  if (decoding.whole() && !job->outdated)
+    streams_.remember(job->range.begin, static_cast<std::uint32_t>(decoding.stream_size));
+  jobs_.erase(job);
+  changed_.notify_all();
+}
+
+bool Verifier::decode_one() {
+  Lock lock(mutex_);
+  const auto job = std::ranges::find_if(jobs_, [](const Job& each) { return !each.taken; });
+  if (job == jobs_.end())
+    return false;
+  job->taken = true;
+  --waiting_;
+  decode(lock, job, job->data);
+  return true;
+}
+
+std::size_t Verifier::waiting() const {
+  const Lock lock(mutex_);
+  return waiting_;
+}
+
+void Verifier::finish_decoding() {
+  Lock lock(mutex_);
+  const std::uint64_t last = last_job_;
+  const auto is_due = [last](const Job& job) { return job.number <= last; };
+  while (std::ranges::any_of(jobs_, is_due)) {
+    const auto waits =
+        std::ranges::find_if(jobs_, [&](const Job& job) { return is_due(job) && !job.taken; });
+    if (waits == jobs_.end()) {
+      changed_.wait(lock);
+    } else {
+      waits->taken = true;
+      --waiting_;
+      decode(lock, waits, waits->data);
+    }
+  }
+}
+
+// ---- Checks
+
+bool Verifier::has_work() const {
+  const Lock lock(mutex_);
+  const bool to_open = !opened_ && !settings_.left_failing.empty();
+  return to_open || header_stale_ || tables_.has_work() || !failures_.empty() || more_failures_ > 0;
+}
+
+Verifier::Counts Verifier::counts() const noexcept {
+  const Lock lock(mutex_);
+  return counts_;
+}
+
+std::size_t Verifier::failing() const {
+  const Lock lock(mutex_);
+  return failures_.size() + more_failures_;
+}
+
+std::vector<Verifier::Entry> Verifier::failing_entries() const {
+  const Lock lock(mutex_);
+  std::vector<Entry> entries;
+  for (const auto& [place, failure] : failures_)
+    entries.push_back({place.first, place.second, failure.value});
+  return entries;
+}
+
+Verifier::Outcome Verifier::check(Image& image) {
+  const std::lock_guard one_at_a_time(check_mutex_);
+  if (!has_work())
+    return Outcome::clean;
+  finish_decoding();
+  const auto deadline = std::chrono::steady_clock::now() + settings_.patience;
+  Lock lock(mutex_);
+  open(lock, image);
+  looked_last_ = false;
+  do {
+    look(lock, image);
+  } while (wait_for_late(lock, deadline));
+  settle_and_report(lock);
+  return failures_.empty() && more_failures_ == 0 ? Outcome::clean : Outcome::damaged;
+}
+
+void Verifier::look(Lock& lock, Image& image) {
+  ++round_;
+  more_failures_ = 0;
+  tables_changed_ = false;
+  refresh_header(lock, image);
+  if (tables_.header()) {
+    refresh_l1(lock, image);
+    refresh_tables(lock, image);
+    look_at_unchecked(lock, image);
+    if (tables_.lost() && tables_.has_work())
+      look_at_everything(lock, image);
+  }
+  // Entries that are gone, or stand for something else now, fail no more.
+  std::erase_if(failures_, [this](const auto& item) { return item.second.round != round_; });
+}
+
+void Verifier::refresh_header(Lock& lock, Image& image) {
+  if (!header_stale_)
+    return;
+  std::optional<Header> header;
+  try {
+    header_stale_ = false;
+    const Unlocked unlocked(lock);
+    header = image.header();
+  } catch (const std::system_error&) {
+    header_stale_ = true;
+    throw;
+  }
+  if (header)
+    tables_.set_header(*header);
+  else
+    tables_.clear();
+}
+
+void Verifier::refresh_l1(Lock& lock, Image& image) {
+  std::vector<std::byte> bytes;
+  for (unsigned tries = 0; tables_.l1_is_stale() && tries < most_tries; ++tries) {
+    tables_.begin_reading_l1();
+    const ByteRange l1 = tables_.l1_range();
+    for (ByteRange rest = l1; !rest.empty();) {
+      bytes.resize(std::min(rest.size(), worth_reading_over));
+      read_table(lock, image, rest.begin, bytes);
+      tables_.l1_entries(static_cast<std::uint32_t>((rest.begin - l1.begin) / qcow2::l1_entry_size),
+                         bytes, false);
+      rest.begin += bytes.size();
+    }
+    tables_.end_reading_l1();
+  }
+}
+
+void Verifier::refresh_tables(Lock& lock, Image& image) {
+  std::vector<std::byte> table(tables_.header()->cluster_size());
+  for (std::optional<std::uint32_t> index = tables_.stale_from(0); index;
+       index = tables_.stale_from(*index + 1)) {
+    if (const std::optional<std::uint64_t> replaced = tables_.replaced(*index)) {
+      read_table(lock, image, *replaced, table);
+      tables_.load_checked(*index, table);
+    }
+    tables_.begin_reading(*index);
+    const std::uint64_t offset = tables_.table_offset(*index);
+    read_table(lock, image, offset, table);
+    if (!tables_.load(*index, table))
+      tables_.looked_at_all(*index, look_at_table(lock, image, *index, table) == 0);
+  }
+}
+
+void Verifier::look_at_unchecked(Lock& lock, Image& image) {
+  std::vector<Entry> entries;
+  std::optional<Entry> next = tables_.unchecked_from(0, 0);
+  while (next) {
+    entries.clear();
+    while (next && entries.size() < batch) {
+      entries.push_back(*next);
+      next = tables_.unchecked_from(next->l1_index, next->l2_index + 1);
+    }
+    look_at(lock, image, entries);
+    next = tables_.unchecked_from(entries.back().l1_index, entries.back().l2_index + 1);
+  }
+}
+
+std::size_t Verifier::look_at_table(Lock& lock, Image& image, std::uint32_t l1_index,
+                                    std::span<const std::byte> table) {
+  const Header header = *tables_.header();
+  std::vector<Entry> entries;
+  std::size_t failed = 0;
+  for (std::uint32_t i = 0; i < header.l2_entries(); ++i) {
+    const std::uint64_t value = qcow2::l2_entry(table, i, header);
+    if (qcow2::is_compressed(value))
+      entries.push_back({l1_index, i, value});
+    if (entries.size() == batch || i + 1 == header.l2_entries()) {
+      failed += look_at(lock, image, entries);
+      entries.clear();
+    }
+  }
+  return failed;
+}
+
+void Verifier::look_at_everything(Lock& lock, Image& image) {
+  tables_.begin_looking_at_everything();
+  const Header header = *tables_.header();
+  const ByteRange l1 = tables_.l1_range();
+  std::vector<std::byte> bytes;
+  std::vector<std::byte> table(header.cluster_size());
+  std::size_t failed = 0;
+  try {
+    for (ByteRange rest = l1; !rest.empty(); rest.begin += bytes.size()) {
+      bytes.resize(std::min(rest.size(), worth_reading_over));
+      read_table(lock, image, rest.begin, bytes);
+      for (std::size_t at = 0; at < bytes.size(); at += qcow2::l1_entry_size) {
+        const auto offset = qcow2::l2_table_offset(qcow2::l1_entry(bytes, at), header);
+        if (offset) {
+          read_table(lock, image, *offset, table);
+          const auto index =
+              static_cast<std::uint32_t>((rest.begin - l1.begin + at) / qcow2::l1_entry_size);
+          failed += look_at_table(lock, image, index, table);
+        }
+      }
+    }
+  } catch (...) {
+    tables_.look_at_everything_again();
+    throw;
+  }
+  if (failed > 0)
+    tables_.look_at_everything_again();
+}
+
+/// Returns how many of the entries are not good.
+std::size_t Verifier::look_at(Lock& lock, Image& image, std::span<const Entry> entries) {
+  if (!tables_.header())
+    return 0;
+  const Header header = *tables_.header();
+  const std::uint64_t size = image.size();
+  std::vector<Candidate> candidates;
+  std::size_t failed = 0;
+  for (const Entry& entry : entries) {
+    const qcow2::CompressedCluster cluster = qcow2::compressed_cluster(entry.value, header);
+    const ByteRange data =
+        ByteRange{cluster.offset, cluster.offset + cluster.length}.intersection({0, size});
+    const std::uint32_t remembered = streams_.size_at(cluster.offset);
+    const auto known = failures_.find({entry.l1_index, entry.l2_index});
+    if (remembered > 0 && remembered <= data.size()) {
+      good(lock, entry, remembered);
+      failures_.erase({entry.l1_index, entry.l2_index});
+    } else if (known != failures_.end() && known->second.value == entry.value &&
+               !known->second.touched) {
+      known->second.round = round_;
+      ++failed;
+    } else {
+      candidates.push_back({entry, cluster, data});
+    }
+  }
+  std::ranges::sort(candidates, {}, [](const Candidate& each) { return each.cluster.offset; });
+  for (auto first = candidates.begin(); first != candidates.end();) {
+    auto behind = first + 1;
+    std::uint64_t end = first->data.end;
+    while (behind != candidates.end() && !behind->data.empty() &&
+           behind->data.begin <= end + worth_reading_over &&
+           behind->data.end - first->data.begin <= largest_read) {
+      end = std::max(end, behind->data.end);
+      ++behind;
+    }
+    failed += read_and_decode(lock, image, std::span(first, behind));
+    first = behind;
+  }
+  return failed;
+}
+
+std::size_t Verifier::read_and_decode(Lock& lock, Image& image,
+                                      std::span<const Candidate> candidates) {
+  const Header header = *tables_.header();
+  ByteRange all = candidates.front().data;
+  for (const Candidate& candidate : candidates)
+    all.end = std::max(all.end, candidate.data.end);
+
+  std::unique_ptr<Decompressor> decompressor = borrow_decompressor(lock);
+  watched_ = all;
+  written_while_watched_.clear();
+  std::vector<Decoding> decodings(candidates.size());
+  std::string error;
+  try {
+    const Unlocked unlocked(lock);
+    std::vector<std::byte> bytes(all.size());
+    if (!bytes.empty())
+      image.read(all.begin, bytes);
+    for (std::size_t i = 0; i < candidates.size(); ++i) {
+      const Candidate& candidate = candidates[i];
+      const std::span<const std::byte> data =
+          candidate.data.empty() ? std::span<const std::byte>()
+                                 : std::span<const std::byte>(bytes).subspan(
+                                       candidate.data.begin - all.begin, candidate.data.size());
+      Decoding& decoding = decodings[i];
+      decoding = decompressor->decode(header.compression, data, header.cluster_size());
+      const bool past_end = candidate.data.size() < candidate.cluster.length;
+      if (!decoding.whole() && past_end &&
+          (data.empty() || decoding.result == Decoding::Result::too_short))
+        decoding.reason = "past the end of the file";
+      else if (!decoding.whole() && all_zeros(data))
+        decoding.reason = "never written";
+    }
+  } catch (const std::system_error& refusal) {
+    error = refusal.what();
+  } catch (...) {
+    watched_ = {};
+    give_back(lock, std::move(decompressor));
+    throw;
+  }
+  watched_ = {};
+  give_back(lock, std::move(decompressor));
+
+  std::size_t failed = 0;
+  for (std::size_t i = 0; i < candidates.size(); ++i) {
+    const Candidate& candidate = candidates[i];
+    const bool touched = written_while_watched_.overlaps(candidate.data);
+    if (!decodings[i].whole() || !error.empty()) {
+      bad(lock, candidate, error.empty() ? decodings[i].reason : error, touched);
+      ++failed;
+    } else if (!touched) {
+      good(lock, candidate.entry, decodings[i].stream_size);
+      failures_.erase({candidate.entry.l1_index, candidate.entry.l2_index});
+    } else {
+      ++failed; // other bytes now: for the check that comes after that write
+    }
+  }
+  return failed;
+}
+
+void Verifier::good(const Lock& /*lock*/, const Entry& entry, std::uint64_t size) {
+  const bool zstd = tables_.header() && tables_.header()->compression == Compression::zstd;
+  ++(zstd ? counts_.zstd_clusters : counts_.deflate_clusters);
+  (zstd ? counts_.zstd_bytes : counts_.deflate_bytes) += size;
+  tables_.checked(entry);
+}
+
+void Verifier::bad(const Lock& /*lock*/, const Candidate& candidate, std::string reason,
+                   bool touched) {
+  const Place place{candidate.entry.l1_index, candidate.entry.l2_index};
+  const auto known = failures_.find(place);
+  if (known == failures_.end() && failures_.size() >= most_failures) {
+    ++more_failures_;
+    return;
+  }
+  const bool same = known != failures_.end() && known->second.value == candidate.entry.value;
+  Failure& failure = failures_[place];
+  failure.reported = same && failure.reported && failure.reason == reason;
+  failure.value = candidate.entry.value;
+  failure.data = candidate.data;
+  failure.reason = std::move(reason);
+  failure.round = round_;
+  failure.touched = touched;
+  failure.settled = false;
+}
+
+/// Returns whether it is worth looking again.
+bool Verifier::wait_for_late(Lock& lock, std::chrono::steady_clock::time_point deadline) {
+  const auto waits = [](const auto& item) { return !item.second.settled; };
+  for (;;) {
+    if (settings_.patience.count() == 0 || std::ranges::none_of(failures_, waits))
+      return false;
+    bool touched = tables_changed_;
+    bool in_progress = false;
+    for (const auto& [place, failure] : failures_) {
+      const ByteRange& data = failure.data;
+      touched = touched || (!failure.settled && failure.touched);
+      in_progress = in_progress ||
+                    (!failure.settled && std::ranges::any_of(in_progress_, [&](const auto& range) {
+                      return range.overlaps(data);
+                    }));
+    }
+    const bool late = std::chrono::steady_clock::now() >= deadline;
+    if (in_progress)
+      changed_.wait(lock);
+    else if (touched && !late)
+      return true;
+    else if (late)
+      return touched && !std::exchange(looked_last_, true);
+    else
+      changed_.wait_until(lock, deadline);
+  }
+}
+
+void Verifier::settle_and_report(const Lock& /*lock*/) {
+  std::size_t fresh = 0;
+  for (auto& [place, failure] : failures_) {
+    failure.settled = true;
+    if (!failure.reported) {
+      failure.reported = true;
+      ++fresh;
+      if (fresh <= most_reported) {
+        const std::uint64_t host =
+            qcow2::compressed_cluster(failure.value, *tables_.header()).offset;
+        settings_.report("the compressed cluster at host offset " + std::to_string(host) +
+                         ", guest offset " +
+                         std::to_string(tables_.header()->guest_offset(place.first, place.second)) +
+                         ", cannot be read: " + failure.reason);
+      }
+    }
+  }
+  fresh += more_failures_;
+  counts_.failures += fresh;
+  if (fresh > most_reported)
+    settings_.report(std::to_string(fresh - most_reported) +
+                     " more compressed clusters cannot be read");
+}
+
+} // namespace qcowcache

@@ -1,0 +1,263 @@
+#pragma once
+
+#include "byte_ranges.hpp"
+#include "counted_memory.hpp"
+#include "memory_budget.hpp"
+#include "qcow2/decoded_streams.hpp"
+#include "qcow2/decompressor.hpp"
+#include "qcow2/header.hpp"
+#include "qcow2/table_follower.hpp"
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <list>
+#include <map>
+#include <memory>
+#include <memory_resource>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace qcowcache {
+
+/// Finds out whether the compressed clusters of one image can be read: at a flush, every one that
+/// became reachable since the check before must decode strictly.
+///
+/// How: whoever changes the file says so, before (`Change`) and after.
+///
+/// - A write that may be one compressed stream is decoded when it has been absorbed, in the
+///   background where there are writers, and where it decodes its place is remembered until
+///   somebody writes there again.
+/// - What is written to the L1 table and to L2 tables is followed (`qcow2::TableFollower`), so that
+///   a check knows the entries that are new without reading tables, mostly. Before a table changes
+///   for the first time its old content is read once, since its entries are not new. The header is
+///   looked at in each check after a write to it.
+/// - A check goes through the new entries. One whose stream is remembered is good; others are read,
+///   through the cache, and decoded. What was good is not looked at again. What was not stays new,
+///   so that every later check fails, too, until it is repaired; it is decoded again only when
+///   something was written there.
+///
+/// QEMU publishes an entry before its data has arrived when many requests are in flight. So no
+/// write is ever looked at for what is missing, held back or refused; and a check that finds
+/// something bad first waits for writes in progress there, and then a while for late ones.
+///
+/// Only the active L1 table is followed: what a snapshot's table names was reachable before.
+///
+/// Copies of tables, remembered streams and data that waits to be decoded count in the memory
+/// budget, up to an eighth of it; with less, more is read again. Nothing here fails a request but a
+/// check: should memory be lacking even to keep track, all tables are looked at in the next one.
+///
+/// Thread safe. Calls the image with no mutex held but that of checks.
+class Verifier {
+public:
+  using Entry = qcow2::TableFollower::Entry;
+
+  /// The file as clients see it. A caller brings its own, as it does with storage.
+  class Image {
+  public:
+    Image() = default;
+    Image(const Image&) = delete;
+    Image& operator=(const Image&) = delete;
+    virtual ~Image() = default;
+
+    /// The header, if there is one. Throws std::system_error.
+    virtual std::optional<qcow2::Header> header() = 0;
+    /// In bytes.
+    [[nodiscard]] virtual std::uint64_t size() const = 0;
+    /// Reads what clients would read. The range lies within the size and is not empty. Throws
+    /// std::system_error.
+    virtual void read(std::uint64_t offset, std::span<std::byte> data) = 0;
+  };
+
+  struct Settings {
+    /// How long a check waits for bytes that may still arrive; 0 where requests cannot overtake
+    /// each other.
+    std::chrono::milliseconds patience{0};
+    /// Told, a line each, what cannot be read, and why. Must not throw.
+    std::function<void(const std::string& line)> report;
+    /// Called when streams wait to be decoded, with their number and the mutex held, to wake those
+    /// who call `decode_one`. Nothing: writes decode themselves.
+    std::function<void(std::size_t waiting)> wake;
+    /// What an earlier verifier of this file left: as long as these entries are there they are
+    /// checked.
+    std::vector<Entry> left_failing;
+  };
+
+  /// What was found good, and what was found bad, so far.
+  struct Counts {
+    std::uint64_t deflate_clusters = 0;
+    std::uint64_t deflate_bytes = 0;
+    std::uint64_t zstd_clusters = 0;
+    std::uint64_t zstd_bytes = 0;
+    std::uint64_t failures = 0;
+  };
+
+  enum class Outcome { clean, damaged };
+
+  /// A change of the file, from before it begins until it has been made, or has failed. Does
+  /// nothing when there is no verifier.
+  class Change {
+  public:
+    /// `image` is used here only.
+    Change(Verifier* verifier, Image& image, const ByteRange& range) noexcept;
+    Change(const Change&) = delete;
+    Change& operator=(const Change&) = delete;
+    /// Unless one of the two below was called, nobody knows what is in the range now.
+    ~Change();
+
+    /// The range has this content.
+    void wrote(std::span<const std::byte> data) noexcept;
+    /// The range has zeros.
+    void zeroed() noexcept;
+
+  private:
+    Verifier* verifier_;
+    ByteRange range_;
+    std::optional<std::list<ByteRange>::iterator> entry_;
+  };
+
+  /// The budget outlives the verifier.
+  Verifier(Settings settings, MemoryBudget& budget);
+  Verifier(const Verifier&) = delete;
+  Verifier& operator=(const Verifier&) = delete;
+  ~Verifier();
+
+  /// Checks what became reachable by changes that have been made before the call. Throws
+  /// std::system_error when the image cannot be read; the next check then does the rest.
+  Outcome check(Image& image);
+  /// Whether a check has anything to do, or would fail.
+  [[nodiscard]] bool has_work() const;
+  /// Others changed the range.
+  void forget(const ByteRange& range) noexcept;
+
+  /// Decodes what has waited longest. Returns whether there was something.
+  bool decode_one();
+  /// How many streams wait to be decoded.
+  [[nodiscard]] std::size_t waiting() const;
+
+  [[nodiscard]] Counts counts() const noexcept;
+  /// How many clusters cannot be read, as of the last check.
+  [[nodiscard]] std::size_t failing() const;
+  /// Those of them that are remembered one by one: for the next verifier of the file.
+  [[nodiscard]] std::vector<Entry> failing_entries() const;
+
+private:
+  using Lock = std::unique_lock<std::mutex>;
+  using Place = std::pair<std::uint32_t, std::uint32_t>;
+
+  /// A write that may be a stream.
+  struct Job {
+    std::uint64_t number;
+    ByteRange range;
+    qcow2::Compression compression;
+    std::uint32_t cluster_size;
+    std::pmr::vector<std::byte> data;
+    bool taken = false;
+    /// Somebody has written there since.
+    bool outdated = false;
+  };
+  using Jobs = std::list<Job>;
+
+  /// An entry that cannot be read.
+  struct Failure {
+    std::uint64_t value = 0;
+    ByteRange data;
+    std::string reason;
+    /// The round in which it was last met.
+    std::uint64_t round = 0;
+    /// Something was written there since.
+    bool touched = false;
+    /// Nothing more is expected to arrive.
+    bool settled = false;
+    bool reported = false;
+  };
+
+  /// An entry that has to be read and decoded.
+  struct Candidate {
+    Entry entry;
+    qcow2::CompressedCluster cluster;
+    ByteRange data;
+  };
+
+  // Functions that take a Lock need it held, and return with it held; those that are not const may
+  // have released it in between.
+  std::list<ByteRange>::iterator begin(Image& image, const ByteRange& range);
+  void end(std::list<ByteRange>::iterator entry, std::span<const std::byte> data);
+  void end_zeroed(std::list<ByteRange>::iterator entry);
+  void end_changed(std::list<ByteRange>::iterator entry);
+  ByteRange end_progress(const Lock& lock, std::list<ByteRange>::iterator entry);
+  void give_up() noexcept;
+  void read_table(Lock& lock, Image& image, std::uint64_t offset, std::span<std::byte> bytes);
+  void open(Lock& lock, Image& image);
+  void take_over_failing(Lock& lock, Image& image);
+  void keep_old_tables(Lock& lock, Image& image, const ByteRange& range);
+  void outdate(const Lock&, const ByteRange& range) noexcept;
+  void arrived(const Lock& lock, const ByteRange& range) noexcept;
+  [[nodiscard]] bool may_be_stream(const Lock&, const ByteRange& range,
+                                   std::span<const std::byte> data) const;
+  void decode(Lock& lock, Jobs::iterator job, std::span<const std::byte> data);
+  void finish_decoding();
+
+  std::unique_ptr<qcow2::Decompressor> borrow_decompressor(Lock& lock);
+  void give_back(const Lock&, std::unique_ptr<qcow2::Decompressor> decompressor);
+
+  void look(Lock& lock, Image& image);
+  void refresh_header(Lock& lock, Image& image);
+  void refresh_l1(Lock& lock, Image& image);
+  void refresh_tables(Lock& lock, Image& image);
+  void look_at_everything(Lock& lock, Image& image);
+  void look_at_unchecked(Lock& lock, Image& image);
+  std::size_t look_at_table(Lock& lock, Image& image, std::uint32_t l1_index,
+                            std::span<const std::byte> table);
+  std::size_t look_at(Lock& lock, Image& image, std::span<const Entry> entries);
+  std::size_t read_and_decode(Lock& lock, Image& image, std::span<const Candidate> candidates);
+  void good(const Lock&, const Entry& entry, std::uint64_t size);
+  void bad(const Lock&, const Candidate& candidate, std::string reason, bool touched);
+  bool wait_for_late(Lock& lock, std::chrono::steady_clock::time_point deadline);
+  void settle_and_report(const Lock&);
+
+  const Settings settings_;
+  std::mutex check_mutex_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  CountedMemory memory_;
+  /// nullptr when there was no memory for it: then nothing is kept.
+  const std::unique_ptr<std::pmr::unsynchronized_pool_resource> pool_;
+  std::pmr::memory_resource* const containers_;
+  qcow2::DecodedStreams streams_;
+  qcow2::TableFollower tables_;
+  bool opened_ = false;
+  bool opening_ = false;
+  bool header_stale_ = false;
+  /// Something that a check follows was changed since its round began.
+  bool tables_changed_ = false;
+  std::list<ByteRange> in_progress_;
+  /// L1 indices of the tables whose old content is being read.
+  std::set<std::uint32_t> being_kept_;
+  Jobs jobs_;
+  std::uint64_t last_job_ = 0;
+  std::size_t waiting_ = 0;
+  std::vector<std::unique_ptr<qcow2::Decompressor>> idle_decompressors_;
+  std::size_t decompressors_ = 0;
+  /// What a check has read and is decoding, and where others have written meanwhile.
+  ByteRange watched_;
+  ByteRanges written_while_watched_;
+  std::map<Place, Failure> failures_;
+  /// Failures of the last round beyond those.
+  std::size_t more_failures_ = 0;
+  std::uint64_t round_ = 0;
+  /// The check that is running has looked once more after its patience had ended.
+  bool looked_last_ = false;
+  Counts counts_;
+};
+
+} // namespace qcowcache

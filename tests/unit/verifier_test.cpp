@@ -1,0 +1,475 @@
+#include "verifier.hpp"
+
+#include "catch.hpp"
+#include "compressed_bytes.hpp"
+#include "image_bytes.hpp"
+#include "watched_thread.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <future>
+#include <optional>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+using namespace qcowcache;
+using qcow2::Compression;
+using Outcome = Verifier::Outcome;
+
+namespace {
+
+constexpr std::uint32_t bits = 12;
+constexpr std::uint64_t cluster = 1U << bits;
+constexpr std::uint64_t image_size = 1024 * cluster;
+constexpr std::uint64_t l1_at = 3 * cluster;
+constexpr std::uint64_t l2_at = 4 * cluster;
+constexpr std::uint64_t data_at = 10 * cluster;
+
+std::vector<std::byte> number(std::uint64_t value, unsigned width = 8) {
+  std::vector<std::byte> bytes;
+  for (unsigned shift = width * 8; shift > 0; shift -= 8)
+    bytes.push_back(static_cast<std::byte>(value >> (shift - 8) & 0xffU));
+  return bytes;
+}
+
+/// The L2 entry of a compressed cluster.
+std::uint64_t entry_of(std::uint64_t offset, std::uint64_t size) {
+  const std::uint64_t sectors = (offset + size - 1) / 512 - offset / 512;
+  return std::uint64_t{1} << 62U | sectors << (62 - (bits - 8)) | offset;
+}
+
+/// A file in memory.
+class MemoryImage final : public Verifier::Image {
+public:
+  std::optional<qcow2::Header> header() override {
+    return qcow2::parse_header(std::span(bytes).first(qcow2::header_bytes));
+  }
+  [[nodiscard]] std::uint64_t size() const override { return bytes.size(); }
+  void read(std::uint64_t offset, std::span<std::byte> data) override {
+    ++reads;
+    if (refuses)
+      throw std::system_error(ENOMEDIUM, std::generic_category(), "refused");
+    std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(offset), data.size(), data.begin());
+  }
+  void store(std::uint64_t offset, std::span<const std::byte> data) {
+    std::ranges::copy(data, bytes.begin() + static_cast<std::ptrdiff_t>(offset));
+  }
+
+  std::vector<std::byte> bytes = std::vector<std::byte>(image_size);
+  std::atomic<unsigned> reads = 0;
+  bool refuses = false;
+};
+
+struct Bench {
+  explicit Bench(std::chrono::milliseconds patience = {}, std::size_t memory = 64U << 20U)
+      : budget(memory), verifier(settings(patience), budget) {}
+
+  Verifier::Settings settings(std::chrono::milliseconds patience) {
+    Verifier::Settings result;
+    result.patience = patience;
+    result.report = [this](const std::string& line) { reported.push_back(line); };
+    return result;
+  }
+
+  void write(std::uint64_t offset, std::span<const std::byte> data) {
+    Verifier::Change change(&verifier, image, {offset, offset + data.size()});
+    image.store(offset, data);
+    change.wrote(data);
+  }
+  void zero(const ByteRange& range) {
+    Verifier::Change change(&verifier, image, range);
+    image.store(range.begin, std::vector<std::byte>(range.size()));
+    change.zeroed();
+  }
+  Outcome check() { return verifier.check(image); }
+
+  /// An image as QEMU creates it, with one empty L2 table.
+  Bench& create(Compression compression = Compression::deflate) {
+    write_header(compression);
+    write(l1_at, std::vector<std::byte>(64));
+    CHECK(check() == Outcome::clean);
+    write(l2_at, std::vector<std::byte>(cluster));
+    CHECK(check() == Outcome::clean);
+    write(l1_at, number(std::uint64_t{1} << 63U | l2_at));
+    CHECK(check() == Outcome::clean);
+    image.reads = 0;
+    return *this;
+  }
+  void write_header(Compression compression) {
+    auto header = qcow2_header(bits);
+    const auto put = [&](std::size_t at, std::uint64_t value, unsigned width) {
+      std::ranges::copy(number(value, width), header.begin() + static_cast<std::ptrdiff_t>(at));
+    };
+    put(24, std::uint64_t{8} * 512 * cluster, 8);
+    put(36, 8, 4);
+    put(40, l1_at, 8);
+    if (compression == Compression::zstd) {
+      put(72, 8, 8);
+      put(104, 1, 1);
+    }
+    write(0, header);
+  }
+  void publish(std::uint32_t index, std::uint64_t entry) {
+    write(l2_at + index * 8, number(entry));
+  }
+
+  MemoryBudget budget;
+  MemoryImage image;
+  std::vector<std::string> reported;
+  Verifier verifier;
+};
+
+bool says(const std::vector<std::string>& lines, const std::string& text) {
+  return std::ranges::any_of(
+      lines, [&](const std::string& line) { return line.find(text) != std::string::npos; });
+}
+
+} // namespace
+
+TEST_CASE("clusters that are written before their entries are good, without a read", "[verifier]") {
+  const auto compression = GENERATE(Compression::deflate, Compression::zstd);
+  Bench bench;
+  bench.create(compression);
+  std::uint64_t at = data_at;
+  std::vector<std::uint64_t> entries;
+  for (unsigned i = 0; i < 50; ++i) {
+    const auto stream = compressed(compression, compressible(cluster, i));
+    bench.write(at, stream);
+    entries.push_back(entry_of(at, stream.size()));
+    at += stream.size();
+  }
+  for (std::uint32_t i = 0; i < entries.size(); ++i)
+    bench.publish(i, entries[i]);
+  CHECK(bench.check() == Outcome::clean);
+  CHECK(bench.image.reads == 0);
+  const Verifier::Counts counts = bench.verifier.counts();
+  CHECK(counts.deflate_clusters + counts.zstd_clusters == 50);
+  CHECK((compression == Compression::zstd ? counts.zstd_bytes : counts.deflate_bytes) ==
+        at - data_at);
+  CHECK_FALSE(bench.verifier.has_work());
+}
+
+TEST_CASE("an entry without its data is damage, until the data is there", "[verifier]") {
+  Bench bench;
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  bench.publish(5, entry_of(data_at + 77, stream.size()));
+  CHECK(bench.check() == Outcome::damaged);
+  REQUIRE(bench.reported.size() == 1);
+  CHECK(says(bench.reported, "host offset " + std::to_string(data_at + 77)));
+  CHECK(says(bench.reported, "guest offset " + std::to_string(5 * cluster)));
+  CHECK(says(bench.reported, "never written"));
+  const unsigned reads = bench.image.reads;
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench.image.reads == reads); // nothing changed there, so nothing is decoded again
+  CHECK(bench.reported.size() == 1);
+  bench.write(data_at + 77, stream);
+  CHECK(bench.check() == Outcome::clean);
+  CHECK(bench.verifier.failing() == 0);
+}
+
+TEST_CASE("an entry that is taken back is no damage any more", "[verifier]") {
+  Bench bench;
+  bench.create();
+  bench.publish(5, entry_of(data_at, 1000));
+  CHECK(bench.check() == Outcome::damaged);
+  switch (GENERATE(0, 1, 2, 3)) {
+  case 0:
+    bench.publish(5, 0);
+    break;
+  case 1:
+    bench.zero({l2_at, l2_at + cluster});
+    break;
+  case 2:
+    bench.write(l1_at, number(0));
+    break;
+  default:
+    bench.zero({0, 512}); // no image, no clusters
+    break;
+  }
+  CHECK(bench.check() == Outcome::clean);
+  CHECK(bench.verifier.failing() == 0);
+}
+
+TEST_CASE("each kind of damage is found, with its reason", "[verifier]") {
+  Bench bench;
+  bench.create();
+  auto stream = deflated(compressible(cluster, 1));
+  REQUIRE(stream.size() > 1200);
+  std::uint64_t entry = entry_of(data_at, stream.size());
+  std::string reason;
+  switch (GENERATE(0, 1, 2, 3, 4, 5)) {
+  case 0: // its end is overwritten
+    bench.write(data_at, stream);
+    bench.write(data_at + stream.size() / 2, std::vector<std::byte>(cluster, std::byte{0xff}));
+    break;
+  case 1: // a sector too little in the entry
+    bench.write(data_at, stream);
+    entry = entry_of(data_at, stream.size() - 512);
+    reason = "too short";
+    break;
+  case 2: // one byte off
+    bench.write(data_at, stream);
+    entry = entry_of(data_at + 1, stream.size());
+    break;
+  case 3: // the other codec's
+    bench.write(data_at, zstd_frame(compressible(cluster, 1)));
+    break;
+  case 4:
+    entry = entry_of(image_size + 512, stream.size());
+    reason = "past the end of the file";
+    break;
+  default: // the last sectors are missing from the file
+    bench.write(image_size - 1024, std::span(stream).first(1024));
+    entry = entry_of(image_size - 1024, stream.size());
+    reason = "past the end of the file";
+    break;
+  }
+  bench.publish(0, entry);
+  CHECK(bench.check() == Outcome::damaged);
+  REQUIRE(bench.reported.size() == 1);
+  CHECK(says(bench.reported, reason));
+}
+
+TEST_CASE("a cluster whose last sector reaches past the end of the file is good", "[verifier]") {
+  Bench bench;
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  bench.image.bytes.resize(image_size - 100);
+  bench.write(bench.image.size() - stream.size(), stream);
+  bench.publish(0, entry_of(bench.image.size() - stream.size(), stream.size()));
+  CHECK(bench.check() == Outcome::clean);
+}
+
+TEST_CASE("a raw copy is read at its end, and good", "[verifier]") {
+  Bench bench;
+  bench.create();
+  std::uint64_t at = data_at;
+  for (std::uint32_t i = 0; i < 100; ++i) {
+    const auto stream = deflated(compressible(cluster, i));
+    bench.image.store(at, stream);
+    bench.image.store(l2_at + i * 8, number(entry_of(at, stream.size())));
+    at += stream.size();
+  }
+  Bench copy;
+  const bool front_to_back = GENERATE(true, false);
+  for (std::uint64_t i = 0; i < image_size; i += 32 * cluster) {
+    const std::uint64_t from = front_to_back ? i : image_size - i - 32 * cluster;
+    copy.write(from, std::span(bench.image.bytes).subspan(from, 32 * cluster));
+  }
+  CHECK(copy.check() == Outcome::clean);
+  CHECK(copy.verifier.counts().deflate_clusters == 100);
+  CHECK(copy.reported.empty());
+  // What was verified is not looked at again.
+  const unsigned reads = copy.image.reads;
+  copy.write(image_size - 10, pattern(10, 1));
+  CHECK(copy.check() == Outcome::clean);
+  CHECK(copy.image.reads == reads);
+}
+
+TEST_CASE("damage that the image had before is nobody's news", "[verifier]") {
+  Bench first;
+  first.create();
+  first.publish(0, entry_of(data_at, 1000));
+  Bench bench;
+  bench.image.bytes = first.image.bytes;
+  bench.write(data_at + 8 * cluster, pattern(100, 1));
+  CHECK(bench.check() == Outcome::clean);
+  const auto stream = deflated(compressible(cluster, 1));
+  bench.write(data_at + cluster, stream);
+  bench.publish(1, entry_of(data_at + cluster, stream.size()));
+  CHECK(bench.check() == Outcome::clean);
+  // Copied elsewhere, as a write after a snapshot does.
+  const std::vector<std::byte> table(bench.image.bytes.begin() + static_cast<std::ptrdiff_t>(l2_at),
+                                     bench.image.bytes.begin() +
+                                         static_cast<std::ptrdiff_t>(l2_at + cluster));
+  bench.write(5 * cluster, table);
+  bench.write(l1_at, number(5 * cluster));
+  CHECK(bench.check() == Outcome::clean);
+  CHECK(bench.reported.empty());
+}
+
+TEST_CASE("many failures make a few lines and a count", "[verifier]") {
+  Bench bench;
+  bench.create();
+  for (std::uint32_t i = 0; i < 30; ++i)
+    bench.publish(i, entry_of(data_at + i * cluster, 1000));
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench.reported.size() == 5);
+  CHECK(says(bench.reported, "26 more"));
+  CHECK(bench.verifier.failing() == 30);
+  CHECK(bench.verifier.counts().failures == 30);
+}
+
+TEST_CASE("an image that cannot be read fails the check, and the next one does the rest",
+          "[verifier]") {
+  Bench bench;
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  bench.write(0, std::vector(bench.image.bytes.begin(), bench.image.bytes.begin() + 512));
+  bench.write(l1_at + 1, std::vector<std::byte>(3));
+  bench.image.store(data_at, stream);
+  bench.publish(0, entry_of(data_at, stream.size()));
+  bench.image.refuses = true;
+  CHECK_THROWS_AS(bench.check(), std::system_error);
+  bench.image.refuses = false;
+  CHECK(bench.check() == Outcome::clean);
+}
+
+TEST_CASE("streams may be decoded by others, or by the check itself", "[verifier]") {
+  MemoryBudget budget(64U << 20U);
+  MemoryImage image;
+  std::size_t woken = 0;
+  Verifier::Settings settings;
+  settings.report = [](const std::string& /*line*/) {};
+  settings.wake = [&](std::size_t waiting) { woken = std::max(woken, waiting); };
+  Verifier verifier(settings, budget);
+  const auto write = [&](std::uint64_t offset, std::span<const std::byte> data) {
+    Verifier::Change change(&verifier, image, {offset, offset + data.size()});
+    image.store(offset, data);
+    change.wrote(data);
+  };
+  Bench source;
+  source.create();
+  write(0, source.image.bytes);
+  CHECK(verifier.check(image) == Outcome::clean);
+  std::uint64_t at = data_at;
+  for (std::uint32_t i = 0; i < 200; ++i) {
+    const auto stream = deflated(compressible(cluster, i));
+    write(at, stream);
+    write(l2_at + i * 8, number(entry_of(at, stream.size())));
+    at += stream.size();
+  }
+  CHECK(woken > 1);
+  CHECK(verifier.waiting() == woken);
+  CHECK(verifier.decode_one());
+  CHECK(verifier.waiting() == woken - 1);
+  // Written to while it waits: what it was counts no more.
+  write(at - 50, std::vector<std::byte>(50, std::byte{0xff}));
+  image.reads = 0;
+  CHECK(verifier.check(image) == Outcome::damaged);
+  CHECK(verifier.failing() == 1);
+  CHECK(image.reads == 1);
+  CHECK_FALSE(verifier.decode_one());
+}
+
+TEST_CASE("a check waits for data that is late", "[verifier]") {
+  Bench bench(std::chrono::seconds(20));
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  bench.publish(0, entry_of(data_at, stream.size()));
+  auto checking = std::async(std::launch::async, [&] { return bench.check(); });
+  while (bench.image.reads == 0)
+    std::this_thread::yield();
+  bench.write(data_at, stream);
+  CHECK(checking.get() == Outcome::clean);
+  CHECK(bench.reported.empty());
+}
+
+TEST_CASE("a check waits for a write in progress, however long", "[verifier]") {
+  Bench bench(std::chrono::milliseconds(1));
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  std::atomic<bool> clean = false;
+  Verifier::Change change(&bench.verifier, bench.image, {data_at, data_at + stream.size()});
+  bench.publish(0, entry_of(data_at, stream.size()));
+  WatchedThread checking([&] { clean = bench.check() == Outcome::clean; });
+  CHECK(checking.waits());
+  bench.image.store(data_at, stream);
+  change.wrote(stream);
+  CHECK(checking.ends());
+  CHECK(clean);
+}
+
+TEST_CASE("patience ends, and what came too late is good in the next check", "[verifier]") {
+  Bench bench(std::chrono::milliseconds(50));
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  bench.publish(0, entry_of(data_at, stream.size()));
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench.check() == Outcome::damaged);
+  bench.write(data_at, stream);
+  CHECK(bench.check() == Outcome::clean);
+  CHECK(bench.reported.size() == 1);
+}
+
+TEST_CASE("with little memory or none checks are as strict, and as free of alarms", "[verifier]") {
+  const std::size_t memory = GENERATE(std::size_t{0}, std::size_t{40000}, std::size_t{200000});
+  Bench bench({}, memory);
+  bench.create();
+  std::uint64_t at = data_at;
+  for (std::uint32_t i = 0; i < 60; ++i) {
+    const auto stream = deflated(compressible(cluster, i));
+    bench.write(at, stream);
+    bench.publish(i, entry_of(at, stream.size()));
+    at += stream.size();
+    if (i % 7 == 0)
+      CHECK(bench.check() == Outcome::clean);
+  }
+  CHECK(bench.check() == Outcome::clean);
+  CHECK(bench.budget.used() <= memory);
+  bench.publish(70, entry_of(at + cluster, 1000));
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench.check() == Outcome::damaged);
+  bench.publish(70, 0);
+  CHECK(bench.check() == Outcome::clean);
+}
+
+TEST_CASE("a failed change leaves nothing to chance", "[verifier]") {
+  Bench bench;
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  bench.write(data_at, stream);
+  bench.publish(0, entry_of(data_at, stream.size()));
+  {
+    const Verifier::Change failing(&bench.verifier, bench.image, {data_at + 10, data_at + 20});
+    bench.image.store(data_at + 10, std::vector<std::byte>(10, std::byte{0xff}));
+  }
+  CHECK(bench.check() == Outcome::damaged);
+  {
+    const Verifier::Change failing(&bench.verifier, bench.image, {l2_at, l2_at + 8});
+    bench.image.store(l2_at, number(0));
+  }
+  CHECK(bench.check() == Outcome::clean);
+}
+
+TEST_CASE("what an earlier verifier left failing is checked as long as it is there",
+          "[verifier]") {
+  Bench bench;
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  bench.publish(3, entry_of(data_at, stream.size()));
+  bench.publish(4, entry_of(data_at + 5 * cluster, stream.size()));
+  CHECK(bench.check() == Outcome::damaged);
+  std::vector<std::string> reported;
+  Verifier::Settings settings;
+  settings.left_failing = bench.verifier.failing_entries();
+  CHECK(settings.left_failing.size() == 2);
+  settings.report = [&](const std::string& line) { reported.push_back(line); };
+
+  bench.image.store(l2_at + 4 * 8, number(0)); // taken back by somebody else
+  Verifier next(settings, bench.budget);
+  CHECK(next.has_work());
+  CHECK(next.check(bench.image) == Outcome::damaged);
+  CHECK(next.failing() == 1);
+  CHECK(reported.size() == 1);
+  Verifier::Change change(&next, bench.image, {data_at, data_at + stream.size()});
+  bench.image.store(data_at, stream);
+  change.wrote(stream);
+  CHECK(next.check(bench.image) == Outcome::clean);
+
+  bench.image.store(0, std::vector<std::byte>(512)); // another file
+  Verifier last(settings, bench.budget);
+  CHECK(last.check(bench.image) == Outcome::clean);
+}
+
+TEST_CASE("without a verifier a change does nothing", "[verifier]") {
+  MemoryImage image;
+  Verifier::Change change(nullptr, image, {0, 512});
+  change.wrote(std::vector<std::byte>(512));
+  change.zeroed();
+  CHECK(image.reads == 0);
+}
