@@ -106,7 +106,7 @@ const char* Parameters::help() noexcept {
          "qcowcache-stats-interval=<SECS>\n"
          "                               Rewrite that report this often while serving, up to "
          "86400\n"
-         "                               (default 0: only at the end).\n"
+         "                               (default 0, only at the end).\n"
          "qcowcache-verify=off|warn|error\n"
          "                               Check that compressed clusters can be read before a "
          "flush\n"
