@@ -42,13 +42,13 @@ public:
     /// Where caches count, which outlives the export; nullptr: each for itself.
     Statistics* statistics = nullptr;
     Events events{};
-    /// As in `WriteCache::Settings`.
-    std::chrono::milliseconds retry = WriteCache::Settings().retry;
     /// Whether compressed clusters are checked, and how long a check waits for late data.
     bool verify = false;
     std::chrono::milliseconds patience{0};
     /// Tells the operator of a cluster that cannot be read. Must not throw.
     std::function<void(const std::string& export_name, const std::string& line)> report_damage = {};
+    /// As in `WriteCache::Settings`.
+    std::chrono::milliseconds retry = WriteCache::Settings().retry;
   };
 
   /// The budget outlives the export.
