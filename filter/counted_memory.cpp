@@ -1,40 +1,45 @@
 #include "counted_memory.hpp"
 
-#include <algorithm>
-#include <bit>
 #include <new>
 
 namespace qcowcache {
 
 namespace {
 
+/// The budget is asked for so much at a time. It hands out whole pages, so one of them lies idle.
 constexpr std::size_t page_size = 4096;
-/// For the entry that remembers the buffer.
-constexpr std::size_t bookkeeping = 128;
-
-/// Few different sizes, so that the budget can hand a buffer out again.
-std::size_t rounded(std::size_t bytes) {
-  return std::max(page_size, std::bit_ceil(bytes));
-}
+constexpr std::size_t grant = 4 * page_size;
+/// What an allocation costs beside its own bytes, at most.
+constexpr std::size_t overhead = 32;
 
 } // namespace
 
+std::size_t CountedMemory::granted() const noexcept {
+  return grants_.size() * (grant - page_size);
+}
+
 void* CountedMemory::do_allocate(std::size_t bytes, std::size_t alignment) {
-  const std::size_t size = rounded(bytes);
-  if (alignment > page_size || used_ + size + bookkeeping > budget_.limit() / share_)
-    throw std::bad_alloc();
-  std::shared_ptr<MemoryBudget::Buffer> buffer = budget_.try_take(size, bookkeeping);
-  if (!buffer)
-    throw std::bad_alloc();
-  void* const memory = buffer->bytes().data();
-  buffers_.emplace(memory, std::move(buffer));
-  used_ += size + bookkeeping;
+  const std::size_t most = budget_.limit() / share_;
+  while (used_ + bytes + overhead > granted()) {
+    if ((grants_.size() + 1) * grant > most)
+      throw std::bad_alloc();
+    grants_.reserve(grants_.size() + 1);
+    std::shared_ptr<MemoryBudget::Buffer> more = budget_.try_take(page_size, grant - page_size);
+    if (!more)
+      throw std::bad_alloc();
+    grants_.push_back(std::move(more));
+  }
+  void* const memory = ::operator new (bytes, std::align_val_t{alignment});
+  used_ += bytes + overhead;
   return memory;
 }
 
-void CountedMemory::do_deallocate(void* memory, std::size_t bytes, std::size_t /*alignment*/) {
-  buffers_.erase(memory);
-  used_ -= rounded(bytes) + bookkeeping;
+void CountedMemory::do_deallocate(void* memory, std::size_t bytes, std::size_t alignment) {
+  ::operator delete (memory, std::align_val_t{alignment});
+  used_ -= bytes + overhead;
+  // One is kept, so that a container that grows and shrinks does not go back and forth.
+  while (!grants_.empty() && (used_ == 0 || used_ + 2 * (grant - page_size) <= granted()))
+    grants_.pop_back();
 }
 
 } // namespace qcowcache

@@ -3,14 +3,16 @@
 #include "memory_budget.hpp"
 
 #include <cstddef>
-#include <map>
 #include <memory>
 #include <memory_resource>
+#include <vector>
 
 namespace qcowcache {
 
-/// Memory for containers that counts in the budget: whole pages from there, and no more than one
-/// `share`-th of the budget. Throws std::bad_alloc when that, or the budget, is used up.
+/// Memory for containers that counts in the budget, piece by piece as it is needed, and is no more
+/// than one `share`-th of it. Throws std::bad_alloc when that, or the budget, is used up.
+///
+/// The standard library's pools are not for memory that ends: libstdc++ 12's goes on without it.
 ///
 /// Not thread safe. Must not outlive the budget.
 class CountedMemory final : public std::pmr::memory_resource {
@@ -18,7 +20,7 @@ public:
   CountedMemory(MemoryBudget& budget, std::size_t share) noexcept
       : budget_(budget), share_(share) {}
 
-  /// Bytes that are handed out now.
+  /// Bytes that are handed out now, with what each allocation costs beside.
   [[nodiscard]] std::size_t used() const noexcept { return used_; }
 
 private:
@@ -27,11 +29,13 @@ private:
   [[nodiscard]] bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override {
     return this == &other;
   }
+  [[nodiscard]] std::size_t granted() const noexcept;
 
   MemoryBudget& budget_;
   const std::size_t share_;
   std::size_t used_ = 0;
-  std::map<void*, std::shared_ptr<MemoryBudget::Buffer>> buffers_;
+  /// What the budget was charged, in equal pieces.
+  std::vector<std::shared_ptr<MemoryBudget::Buffer>> grants_;
 };
 
 } // namespace qcowcache

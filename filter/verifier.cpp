@@ -37,14 +37,6 @@ bool all_zeros(std::span<const std::byte> data) {
   return std::ranges::all_of(data, [](std::byte byte) { return byte == std::byte{0}; });
 }
 
-std::unique_ptr<std::pmr::unsynchronized_pool_resource> make_pool(CountedMemory& memory) {
-  try {
-    return std::make_unique<std::pmr::unsynchronized_pool_resource>(&memory);
-  } catch (const std::bad_alloc&) {
-    return nullptr;
-  }
-}
-
 /// The lock's mutex is free while this lives.
 class Unlocked {
 public:
@@ -60,9 +52,8 @@ private:
 } // namespace
 
 Verifier::Verifier(Settings settings, MemoryBudget& budget)
-    : settings_(std::move(settings)), memory_(budget, share_of_budget), pool_(make_pool(memory_)),
-      containers_(pool_ ? pool_.get() : std::pmr::null_memory_resource()), streams_(containers_),
-      tables_(containers_) {}
+    : settings_(std::move(settings)), memory_(budget, share_of_budget), streams_(&memory_),
+      tables_(&memory_) {}
 
 Verifier::~Verifier() = default;
 
@@ -150,7 +141,7 @@ void Verifier::end(std::list<ByteRange>::iterator entry, std::span<const std::by
   const Header& header = *tables_.header();
   const auto job =
       jobs_.insert(jobs_.end(), Job{++last_job_, range, header.compression, header.cluster_size(),
-                                    std::pmr::vector<std::byte>(containers_)});
+                                    std::pmr::vector<std::byte>(&memory_)});
   if (settings_.wake && waiting_ < most_waiting) {
     try {
       job->data.assign(data.begin(), data.end());

