@@ -436,8 +436,7 @@ TEST_CASE("a failed change leaves nothing to chance", "[verifier]") {
   CHECK(bench.check() == Outcome::clean);
 }
 
-TEST_CASE("what an earlier verifier left failing is checked as long as it is there",
-          "[verifier]") {
+TEST_CASE("what an earlier verifier left failing is checked as long as it is there", "[verifier]") {
   Bench bench;
   bench.create();
   const auto stream = deflated(compressible(cluster, 1));
