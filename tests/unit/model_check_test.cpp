@@ -19,7 +19,7 @@
 
 namespace {
 
-constexpr std::uint64_t usual_sequences = 1500;
+constexpr std::uint64_t usual_sequences = 1000;
 
 std::uint64_t number_from(const char* variable, std::uint64_t usual) {
   const char* text = std::getenv(variable);
