@@ -61,7 +61,7 @@ void report_loss(const std::string& export_name, const Unsaved& lost) {
 }
 
 void report_damage(const std::string& export_name, const std::string& line) {
-  nbdkit_error("qcowcache: export \"%s\": %s", export_name.c_str(), line.c_str());
+  nbdkit_error("qcowcache: export \"%s\": %s", printable(export_name).c_str(), line.c_str());
 }
 
 /// How long a check waits for data that may have been overtaken by the entry that names it.
@@ -76,9 +76,8 @@ std::unique_ptr<Storage> read_back(std::unique_ptr<Storage> storage,
   return std::make_unique<ReadbackStorage>(
       std::move(storage), [export_name](const ByteRange& range, std::uint64_t first_difference) {
         nbdkit_error("qcowcache: export \"%s\": storage returned other bytes than were written at "
-                     "%llu-%llu, from %llu on",
-                     export_name.c_str(), static_cast<unsigned long long>(range.begin),
-                     static_cast<unsigned long long>(range.end - 1),
+                     "%s, from %llu on",
+                     printable(export_name).c_str(), to_string(range).c_str(),
                      static_cast<unsigned long long>(first_difference));
       });
 }
