@@ -16,6 +16,8 @@ refuse ()
     for what in "$1" "$1-$2"; do
         if [ -e "$STATE/$what" ]; then
             read -r error <"$STATE/$what"
+            # nbdkit would report a broken pipe instead.
+            [ "$1" != pwrite ] || cat >/dev/null
             echo "$error $1 refused" >&2
             exit 1
         fi
