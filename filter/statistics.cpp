@@ -164,7 +164,7 @@ std::string legible(std::uint64_t value, Unit unit) {
 }
 
 /// In double quotes, for JSON and Prometheus, which agree about what `printable` leaves.
-std::string quoted(std::string_view printable_text) {
+std::string in_quotes(std::string_view printable_text) {
   std::string text = "\"";
   for (const char character : printable_text) {
     if (character == '"' || character == '\\')
@@ -236,7 +236,7 @@ void add_sample(std::string& text, const std::string& name, const std::string& l
                 const Row& row, const Totals& totals) {
   text += name + "{" + labels;
   if (!row.cause.empty())
-    text += ",cause=" + quoted(row.cause);
+    text += ",cause=" + in_quotes(row.cause);
   text += "} " + number(totals[row.count], row.unit) + "\n";
 }
 
@@ -366,7 +366,7 @@ std::string json_report(const Snapshot& snapshot) {
   for (const Snapshot::Export& of : snapshot.exports) {
     text += first ? "\n  " : ",\n  ";
     first = false;
-    add_json(text, quoted(printable(of.name)), of.totals);
+    add_json(text, in_quotes(printable(of.name)), of.totals);
   }
   text += "],\n \"others\": ";
   if (snapshot.others)
@@ -379,7 +379,7 @@ std::string json_report(const Snapshot& snapshot) {
 }
 
 std::string prometheus_report(const Snapshot& snapshot, std::string_view server) {
-  const std::string server_label = "server=" + quoted(printable(server));
+  const std::string server_label = "server=" + in_quotes(printable(server));
   std::string text;
   for (const ServerRow& row : server_table) {
     const std::string name = "qcowcache_" + std::string(row.name);
@@ -395,9 +395,9 @@ std::string prometheus_report(const Snapshot& snapshot, std::string_view server)
     for (const auto* row = first; row != last; ++row) {
       const std::string labels = server_label + ",export=";
       for (const Snapshot::Export& of : snapshot.exports)
-        add_sample(text, name, labels + quoted(printable(of.name)), *row, of.totals);
+        add_sample(text, name, labels + in_quotes(printable(of.name)), *row, of.totals);
       if (snapshot.others)
-        add_sample(text, name, labels + quoted("\\other"), *row, *snapshot.others);
+        add_sample(text, name, labels + in_quotes("\\other"), *row, *snapshot.others);
     }
     first = last;
   }
