@@ -36,6 +36,31 @@ def header_seeds():
     yield "large-clusters", header_bytes(bits=21, order=6, length=1024) + bytes(400)
 
 
+def decompressor_seeds():
+    # Which codec, which cluster size (0: 512 bytes), extended entries; then a stream.  Made by
+    # hand: what compressors write differs from version to version.
+    deflate = bytes([0, 0, 0])
+    zstd = bytes([1, 0, 0])
+    content = bytes(range(256)) * 2
+    stored = bytes([1]) + struct.pack("<HH", 512, 512 ^ 0xffff) + content
+    yield "deflate-stored", deflate + stored
+    yield "deflate-followed", deflate + stored + content
+    yield "deflate-short", deflate + stored[:300]
+    magic = struct.pack("<I", 0xfd2fb528)
+    single = magic + bytes([0x60]) + struct.pack("<H", 512 - 256)
+    raw = struct.pack("<I", 512 << 3 | 1)[:3] + content
+    run = struct.pack("<I", 512 << 3 | 2 | 1)[:3] + b"z"
+    half = magic + bytes([0x60]) + struct.pack("<H", 0) + struct.pack("<I", 256 << 3 | 1)[:3] + bytes(256)
+    yield "zstd-raw", zstd + single + raw
+    yield "zstd-run", zstd + single + run
+    yield "zstd-two-frames", zstd + half + half
+    yield "zstd-skippable", zstd + struct.pack("<II", 0x184d2a53, 4) + b"skip" + single + run
+    yield "zstd-window", zstd + magic + bytes([0, 0xff]) + run
+    entries = [1 << 62 | 3 << 54 | 70000, 1 << 63 | 5 << 16, 1 << 62 | 255 << 54 | (1 << 54) - 1, 1]
+    yield "entries", bytes([0, 7, 0]) + struct.pack(">4Q", *entries)
+    yield "extended-entries", bytes([0, 7, 1]) + struct.pack(">4Q", *entries)
+
+
 def request_seeds():
     # background, [memory,] minimum, preferred, maximum, size, can, fua, cluster, max write, image
     storages = {
@@ -57,7 +82,7 @@ def request_seeds():
         yield name, storage + script
 
 
-SEEDS = {"header": header_seeds, "requests": request_seeds}
+SEEDS = {"decompressor": decompressor_seeds, "header": header_seeds, "requests": request_seeds}
 
 
 def main():

@@ -17,6 +17,7 @@ public:
   using std::logic_error::logic_error;
 };
 
+void decompressor(std::span<const std::byte> input);
 void header(std::span<const std::byte> input);
 void requests(std::span<const std::byte> input);
 
@@ -27,6 +28,7 @@ struct Target {
 };
 
 inline constexpr std::array targets{
+    Target{"decompressor", decompressor},
     Target{"header", header},
     Target{"requests", requests},
 };
