@@ -59,10 +59,7 @@ Verifier::~Verifier() = default;
 
 // ---- Changes
 
-Verifier::Change::Change(Verifier* verifier, Image& image, const ByteRange& range) noexcept
-    : verifier_(verifier), range_(range) {
-  if (verifier_ == nullptr)
-    return;
+void Verifier::Change::begin(Image& image, const ByteRange& range) noexcept {
   try {
     entry_ = verifier_->begin(image, range);
   } catch (const std::exception&) {
@@ -70,9 +67,7 @@ Verifier::Change::Change(Verifier* verifier, Image& image, const ByteRange& rang
   }
 }
 
-Verifier::Change::~Change() {
-  if (!entry_)
-    return;
+void Verifier::Change::end_unknown() noexcept {
   try {
     verifier_->end_changed(*entry_);
   } catch (const std::exception&) {
@@ -80,9 +75,7 @@ Verifier::Change::~Change() {
   }
 }
 
-void Verifier::Change::wrote(std::span<const std::byte> data) noexcept {
-  if (!entry_)
-    return;
+void Verifier::Change::end_written(std::span<const std::byte> data) noexcept {
   try {
     verifier_->end(*std::exchange(entry_, std::nullopt), data);
   } catch (const std::exception&) {

@@ -107,20 +107,33 @@ public:
   class Change {
   public:
     /// `image` is used here only.
-    Change(Verifier* verifier, Image& image, const ByteRange& range) noexcept;
+    Change(Verifier* verifier, Image& image, const ByteRange& range) noexcept
+        : verifier_(verifier) {
+      if (verifier_ != nullptr)
+        begin(image, range);
+    }
     Change(const Change&) = delete;
     Change& operator=(const Change&) = delete;
     /// Unless one of the two below was called, nobody knows what is in the range now.
-    ~Change();
+    ~Change() {
+      if (entry_)
+        end_unknown();
+    }
 
     /// The range has this content.
-    void wrote(std::span<const std::byte> data) noexcept;
+    void wrote(std::span<const std::byte> data) noexcept {
+      if (entry_)
+        end_written(data);
+    }
     /// The range has zeros.
     void zeroed() noexcept;
 
   private:
+    void begin(Image& image, const ByteRange& range) noexcept;
+    void end_unknown() noexcept;
+    void end_written(std::span<const std::byte> data) noexcept;
+
     Verifier* verifier_;
-    ByteRange range_;
     std::optional<std::list<ByteRange>::iterator> entry_;
   };
 
