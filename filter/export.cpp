@@ -103,6 +103,7 @@ void Export::add_verifier(Entry& entry, const Capabilities& capabilities) {
   const auto self = std::make_shared<std::weak_ptr<Writeback::Source>>();
   Verifier::Settings settings;
   settings.patience = settings_.patience;
+  settings.counters = entry.cache->counters();
   settings.report = [this](const std::string& line) { settings_.report_damage(name_, line); };
   if (settings_.writeback != nullptr) {
     settings.wake = [writeback = settings_.writeback, self](std::size_t waiting) {

@@ -374,11 +374,6 @@ bool Verifier::has_work() const {
   return to_open || header_stale_ || tables_.has_work() || !failures_.empty() || more_failures_ > 0;
 }
 
-Verifier::Counts Verifier::counts() const noexcept {
-  const Lock lock(mutex_);
-  return counts_;
-}
-
 std::size_t Verifier::failing() const {
   const Lock lock(mutex_);
   return failures_.size() + more_failures_;
@@ -636,8 +631,8 @@ std::size_t Verifier::read_and_decode(Lock& lock, Image& image,
 
 void Verifier::good(const Lock& /*lock*/, const Entry& entry, std::uint64_t size) {
   const bool zstd = tables_.header() && tables_.header()->compression == Compression::zstd;
-  ++(zstd ? counts_.zstd_clusters : counts_.deflate_clusters);
-  (zstd ? counts_.zstd_bytes : counts_.deflate_bytes) += size;
+  settings_.counters->add(zstd ? Count::verified_zstd_clusters : Count::verified_deflate_clusters);
+  settings_.counters->add(zstd ? Count::verified_zstd_bytes : Count::verified_deflate_bytes, size);
   tables_.checked(entry);
 }
 
@@ -706,7 +701,7 @@ void Verifier::settle_and_report(const Lock& /*lock*/) {
     }
   }
   fresh += more_failures_;
-  counts_.failures += fresh;
+  settings_.counters->add(Count::unreadable_clusters, fresh);
   if (fresh > most_reported)
     settings_.report(std::to_string(fresh - most_reported) +
                      " more compressed clusters cannot be read");

@@ -7,6 +7,7 @@
 #include "qcow2/decompressor.hpp"
 #include "qcow2/header.hpp"
 #include "qcow2/table_follower.hpp"
+#include "statistics.hpp"
 
 #include <atomic>
 #include <chrono>
@@ -89,15 +90,8 @@ public:
     /// What an earlier verifier of this file left: as long as these entries are there they are
     /// checked.
     std::vector<Entry> left_failing;
-  };
-
-  /// What was found good, and what was found bad, so far.
-  struct Counts {
-    std::uint64_t deflate_clusters = 0;
-    std::uint64_t deflate_bytes = 0;
-    std::uint64_t zstd_clusters = 0;
-    std::uint64_t zstd_bytes = 0;
-    std::uint64_t failures = 0;
+    /// Where clusters are counted that were found readable, and that were not.
+    std::shared_ptr<Counters> counters = std::make_shared<Counters>();
   };
 
   enum class Outcome { clean, damaged };
@@ -156,7 +150,6 @@ public:
   /// How many streams wait to be decoded.
   [[nodiscard]] std::size_t waiting() const;
 
-  [[nodiscard]] Counts counts() const noexcept;
   /// How many clusters cannot be read, as of the last check.
   [[nodiscard]] std::size_t failing() const;
   /// Those of them that are remembered one by one: for the next verifier of the file.
@@ -267,7 +260,6 @@ private:
   std::uint64_t round_ = 0;
   /// The check that is running has looked once more after its patience had ended.
   bool looked_last_ = false;
-  Counts counts_;
 };
 
 } // namespace qcowcache

@@ -27,7 +27,8 @@ COUNTS = {
     "storage_written_bytes", "merged_writes", "whole_units", "writes_through", "storage_reads",
     "storage_read_bytes", "fill_up_reads", "fill_up_read_bytes", "storage_flushes",
     "storage_zeros", "storage_trims", "memory_wait_seconds", "refused_writes", "retries",
-    "lost_bytes",
+    "lost_bytes", "verified_deflate_clusters", "verified_deflate_bytes", "verified_zstd_clusters",
+    "verified_zstd_bytes", "unreadable_clusters",
 }
 DERIVED = {"average_client_write_bytes", "average_storage_write_bytes", "write_amplification"}
 SERVER = {"elapsed_seconds", "memory_limit_bytes", "memory_used_bytes", "memory_peak_bytes"}
