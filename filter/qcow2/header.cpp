@@ -28,7 +28,7 @@ constexpr std::uint64_t offset_limit = std::uint64_t{1} << 56U;
 /// Whether a table can begin there: on a cluster of the file, behind the header.
 bool may_begin_at(std::uint64_t offset, const Header& header) noexcept {
   return offset >= header.cluster_size() && offset < offset_limit &&
-         offset % header.cluster_size() == 0;
+         (offset & (header.cluster_size() - 1)) == 0;
 }
 
 /// The fields whose values may not make sense yet in a fresh image.

@@ -146,7 +146,7 @@ private:
   Copy& make_copy(std::uint32_t index);
   bool allocate(Copy& copy) noexcept;
   void drop_checked_copies() noexcept;
-  void apply(Copy& copy, std::uint32_t l2_index, std::uint64_t value) noexcept;
+  static void apply(Copy& copy, std::uint32_t l2_index, std::uint64_t value) noexcept;
   void note_zeros(const ByteRange& range, bool zeros) noexcept;
   template <typename Function>
   void for_each_table(const ByteRange& range, Function function) const;

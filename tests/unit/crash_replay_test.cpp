@@ -25,6 +25,13 @@ namespace {
 
 constexpr std::uint64_t unit = WriteCache::least_unit_size;
 
+// Under a sanitizer each run takes many times as long.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr std::uint64_t usual_runs = 3;
+#else
+constexpr std::uint64_t usual_runs = 12;
+#endif
+
 /// A journal made by hand, on a disk of zeros.
 class Story {
 public:
@@ -411,7 +418,7 @@ TEST_CASE("whenever the power fails, what was flushed is there", "[crash_replay]
   const bool repeated = std::getenv("SEED") != nullptr;
   const bool more = number_from_environment("LONG", 0) != 0;
   const std::uint64_t first = number_from_environment("SEED", std::random_device()());
-  const std::uint64_t runs = repeated ? 1 : more ? 1200 : 12;
+  const std::uint64_t runs = repeated ? 1 : more ? 100 * usual_runs : usual_runs;
   std::uint64_t states = 0;
   for (std::uint64_t seed = first; seed < first + runs; ++seed) {
     INFO("SEED=" << seed << " repeats this run");
