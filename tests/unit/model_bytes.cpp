@@ -1,5 +1,7 @@
 #include "model_bytes.hpp"
 
+#include "copy_bytes.hpp"
+
 #include <algorithm>
 
 using qcowcache::ByteRange;
@@ -17,7 +19,7 @@ void ModelBytes::resize(std::uint64_t size) {
 }
 
 void ModelBytes::is(std::uint64_t offset, std::span<const std::byte> data) {
-  std::ranges::copy(data, bytes_.begin() + static_cast<std::ptrdiff_t>(offset));
+  qcowcache::copy_bytes(data, bytes_.begin() + static_cast<std::ptrdiff_t>(offset));
   close({offset, offset + data.size()});
 }
 

@@ -1,17 +1,20 @@
 #include "model_storage.hpp"
 
+#include "copy_bytes.hpp"
+
 #include <algorithm>
 #include <system_error>
 
 using qcowcache::ByteRange;
+using qcowcache::copy_bytes;
 using qcowcache::Fua;
 
 void ModelDisk::write(std::uint64_t offset, std::span<const std::byte> data) {
-  std::ranges::copy(data, now_.begin() + static_cast<std::ptrdiff_t>(offset));
+  copy_bytes(data, now_.begin() + static_cast<std::ptrdiff_t>(offset));
 }
 
 void ModelDisk::harden(const ByteRange& range) {
-  std::ranges::copy(now(range), durable_.begin() + static_cast<std::ptrdiff_t>(range.begin));
+  copy_bytes(now(range), durable_.begin() + static_cast<std::ptrdiff_t>(range.begin));
 }
 
 void ModelDisk::resize(std::uint64_t size) {
@@ -50,7 +53,7 @@ void ModelStorage::change(Fails kind, const ByteRange& range, std::span<const st
 void ModelStorage::do_read(std::uint64_t offset, std::span<std::byte> data) {
   const ByteRange range{offset, offset + data.size()};
   ask(Fails::read, range);
-  std::ranges::copy(disk_->now(range), data.begin());
+  copy_bytes(disk_->now(range), data.begin());
 }
 
 void ModelStorage::do_write(std::uint64_t offset, std::span<const std::byte> data, bool fua) {
