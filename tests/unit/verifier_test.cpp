@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cerrno>
 #include <future>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <system_error>
@@ -45,6 +46,7 @@ std::uint64_t entry_of(std::uint64_t offset, std::uint64_t size) {
 class MemoryImage final : public Verifier::Image {
 public:
   std::optional<qcow2::Header> header() override {
+    const std::lock_guard lock(mutex_);
     return qcow2::parse_header(std::span(bytes).first(qcow2::header_bytes));
   }
   [[nodiscard]] std::uint64_t size() const override { return bytes.size(); }
@@ -52,15 +54,20 @@ public:
     ++reads;
     if (refuses)
       throw std::system_error(ENOMEDIUM, std::generic_category(), "refused");
+    const std::lock_guard lock(mutex_);
     std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(offset), data.size(), data.begin());
   }
   void store(std::uint64_t offset, std::span<const std::byte> data) {
+    const std::lock_guard lock(mutex_);
     std::ranges::copy(data, bytes.begin() + static_cast<std::ptrdiff_t>(offset));
   }
 
   std::vector<std::byte> bytes = std::vector<std::byte>(image_size);
   std::atomic<unsigned> reads = 0;
   bool refuses = false;
+
+private:
+  std::mutex mutex_;
 };
 
 struct Bench {
