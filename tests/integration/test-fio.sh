@@ -21,7 +21,9 @@ cleanup_fn rm -rf "$disks"
 part=$((bytes + 777))
 total=$(((4 * part + 4096) / 4096 * 4096))
 
-# write_and_verify WHAT: four jobs at once.
+# write_and_verify WHAT: four jobs at once.  The sizes of each job's blocks have one
+# odd divisor, the smallest of them: fio puts a header and a checksum into each
+# piece of that size.
 write_and_verify ()
 {
     cat >"$work/jobs.fio" <<END
@@ -33,19 +35,18 @@ verify_fatal=1
 verify_state_save=0
 do_verify=1
 randseed=20
-bs_unaligned=1
 size=$bytes
 
 [append]
 offset=$((0 * part))
 rw=write
-bsrange=600-66010
+bssplit=601/20:4207/20:26444/40:66110/20
 iodepth=1
 
 [append-many-at-once]
 offset=$((1 * part))
 rw=write
-bssplit=513/20:4097/20:26700/40:65537/20
+bssplit=513/20:4617/20:26676/40:65151/20
 iodepth=16
 verify_backlog=100
 
@@ -53,7 +54,7 @@ verify_backlog=100
 [anywhere]
 offset=$((2 * part))
 rw=randwrite
-bsrange=513-30001
+bssplit=513/30:1539/20:9747/30:29241/20
 norandommap=1
 iodepth=1
 fsync=50
@@ -61,7 +62,7 @@ fsync=50
 [anywhere-with-flushes]
 offset=$((3 * part))
 rw=randwrite
-bssplit=777/30:4096/20:12345/30:70001/20
+bssplit=777/30:4662/20:12432/30:69930/20
 norandommap=1
 iodepth=1
 fsync=20
