@@ -56,7 +56,7 @@ void Connection::drain() noexcept {
   // Filters that sleep refuse to do so in a thread that serves a client once the client is gone.
   try {
     std::thread(write_all).join();
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) { // no thread, or no memory for one
     write_all();
   }
 }

@@ -73,11 +73,14 @@ std::chrono::milliseconds patience(int thread_model) {
 /// The same storage, whose writes are read back; the operator is told of each that differs.
 std::unique_ptr<Storage> read_back(std::unique_ptr<Storage> storage,
                                    const std::string& export_name) {
+  // Nothing is allocated when it is called: it must not throw.
   return std::make_unique<ReadbackStorage>(
-      std::move(storage), [export_name](const ByteRange& range, std::uint64_t first_difference) {
+      std::move(storage),
+      [name = printable(export_name)](const ByteRange& range, std::uint64_t first_difference) {
         nbdkit_error("qcowcache: export \"%s\": storage returned other bytes than were written at "
-                     "%s, from %llu on",
-                     printable(export_name).c_str(), to_string(range).c_str(),
+                     "%llu-%llu, from %llu on",
+                     name.c_str(), static_cast<unsigned long long>(range.begin),
+                     static_cast<unsigned long long>(range.end - 1),
                      static_cast<unsigned long long>(first_difference));
       });
 }

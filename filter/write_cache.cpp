@@ -7,7 +7,6 @@
 #include <bit>
 #include <new>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -459,6 +458,22 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
   Lock lock(mutex_);
   if (request != nullptr)
     count_write(lock, *request);
+  const std::uint64_t completed = units_completed_;
+  const Absorbed answer = absorb(lock, writer, offset, data);
+  const bool wake = units_completed_ != completed && settings_.wake_writer;
+  const std::size_t queued = queued_;
+  lock.unlock(); // a writer that is called would only run into it
+  if (wake)
+    settings_.wake_writer(queued);
+  if (answer == Absorbed::held)
+    tell(settings_.events.trace, [&] {
+      return "absorbed " + to_string({offset, offset + data.size()});
+    });
+  return answer;
+}
+
+Absorbed WriteCache::absorb(const Lock& lock, const Storage& writer, std::uint64_t offset,
+                            std::span<const std::byte> data) {
   if (!caching(lock))
     return Absorbed::off;
 
@@ -487,7 +502,6 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
   }
 
   const auto now = Unit::Clock::now();
-  bool completed = false;
   ++moment_;
   for_each_unit(lock, range, [&](Unit& unit) {
     const ByteRange part = range.intersection(unit.range());
@@ -499,20 +513,12 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
     unit.hook.unlink();
     unclean_.push_back(unit);
     count_unclean(lock, unit, true);
-    if (unit.full(size_) && !unit.was_refused &&
-        join_queue(lock, unit, Unit::Reason::cluster_end)) {
-      completed = true;
+    if (unit.full(size_) && !unit.was_refused && join_queue(lock, unit, Unit::Reason::cluster_end))
       ++units_completed_;
-    }
   });
   queue_left_behind(lock, now);
   header_.wrote(offset, data);
   header_changed(lock, range);
-  const std::size_t queued = queued_;
-  lock.unlock(); // a writer that is called would only run into it
-  if (completed && settings_.wake_writer)
-    settings_.wake_writer(queued);
-  tell(settings_.events.trace, [&] { return "absorbed " + to_string(range); });
   return Absorbed::held;
 }
 
@@ -653,16 +659,38 @@ void WriteCache::write_piece_through(Storage& storage, std::uint64_t offset,
     storage.write(blocks.begin, whole, fua);
   } catch (const NotAsWritten&) {
     // The client has its own bytes; those around them nobody else has, if it was these that storage
-    // damaged. Where nothing can be cached the error is all that is left to say.
-    const std::span<const std::byte> around(whole);
-    for (const ByteRange& part :
-         {ByteRange{blocks.begin, offset}, ByteRange{offset + data.size(), blocks.end}}) {
-      if (!part.empty())
-        std::ignore =
-            absorb(storage, part.begin, around.subspan(part.begin - blocks.begin, part.size()));
-    }
-    throw;
+    // damaged. Where they cannot be cached storage gets a second chance; after that the error is
+    // all that is left to say.
+    if (absorb_around(storage, blocks, {offset, offset + data.size()}, whole))
+      throw;
+    storage.write(blocks.begin, whole, fua);
   }
+}
+
+/// Takes what `whole`, the bytes of `blocks`, has outside `range` for dirty, where no client has
+/// written newer bytes meanwhile. Returns whether all of it is in memory now.
+bool WriteCache::absorb_around(const Storage& writer, const ByteRange& blocks,
+                               const ByteRange& range, std::span<std::byte> whole) noexcept {
+  bool held = true;
+  Lock lock(mutex_);
+  try {
+    for (const ByteRange& part :
+         {ByteRange{blocks.begin, range.begin}, ByteRange{range.end, blocks.end}}) {
+      if (part.empty() || !held)
+        continue;
+      const std::span<std::byte> around = whole.subspan(part.begin - blocks.begin, part.size());
+      ByteRanges gaps;
+      copy_cached(lock, part.begin, around, gaps);
+      held = absorb(lock, writer, part.begin, around) == Absorbed::held;
+    }
+  } catch (const std::bad_alloc&) {
+    held = false;
+  }
+  const std::size_t queued = queued_;
+  lock.unlock();
+  if (queued > 0 && settings_.wake_writer)
+    settings_.wake_writer(queued);
+  return held;
 }
 
 bool WriteCache::make_room(Storage& storage) {

@@ -261,6 +261,10 @@ private:
   void take(Storage& storage, std::uint64_t offset, std::span<const std::byte> data, bool fua,
             const ByteRange* request);
   void learn_zeros(Storage& storage, const ByteRange& range);
+  [[nodiscard]] Absorbed absorb(const Lock&, const Storage& writer, std::uint64_t offset,
+                                std::span<const std::byte> data);
+  [[nodiscard]] bool absorb_around(const Storage& writer, const ByteRange& blocks,
+                                   const ByteRange& range, std::span<std::byte> whole) noexcept;
   void write_piece_through(Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
                            const ByteRange& blocks, bool fua);
   bool make_room(Storage& storage);

@@ -94,8 +94,9 @@ struct Bench {
 
 /// A cache over that.
 struct CacheBench : Bench {
-  explicit CacheBench(const Capabilities& capabilities = MemoryStorage::everything(disk_size))
-      : Bench(capabilities),
+  explicit CacheBench(const Capabilities& capabilities = MemoryStorage::everything(disk_size),
+                      std::size_t memory = std::size_t{32} * 1024 * 1024)
+      : Bench(capabilities), budget(memory),
         cache(std::make_shared<WriteCache>(settings(), capabilities, ranges, budget)) {
     budget.add_holder(cache);
   }
@@ -106,7 +107,7 @@ struct CacheBench : Bench {
   }
 
   RangeLock ranges;
-  MemoryBudget budget{32 * 1024 * 1024};
+  MemoryBudget budget;
   std::shared_ptr<WriteCache> cache;
 };
 
@@ -254,5 +255,46 @@ TEST_CASE("what a client writes while a damaged unit is being written wins", "[r
   bench.cache->flush(*bench.storage);
   auto expected = data;
   std::ranges::copy(newer, expected.begin() + 7);
+  CHECK(bench.stored(unit, unit) == expected);
+}
+
+TEST_CASE("what a client writes while a damaged write-through is going on wins",
+          "[readback_storage]") {
+  CacheBench bench;
+  const auto earlier = pattern(unit, 1);
+  bench.disk.disk().write(unit, earlier, true);
+  const auto newer = pattern(100, 2);
+  bool once = true;
+  bench.disk.before = [&](const MemoryStorage::Call& call) {
+    if (call.kind == Kind::write && once) {
+      once = false;
+      CHECK(bench.cache->absorb(*bench.storage, unit + 500, newer) == Absorbed::held);
+    }
+  };
+  bench.damaging->damage(unit + 50);
+  CHECK(error_of([&] { bench.cache->write(*bench.storage, unit + 1000, pattern(100, 3), true); }) ==
+        EIO);
+  CHECK_FALSE(once);
+  bench.cache->flush(*bench.storage);
+  auto expected = earlier;
+  std::ranges::copy(newer, expected.begin() + 500);
+  CHECK(bench.stored(unit, 1000) ==
+        std::vector<std::byte>(expected.begin(), expected.begin() + 1000));
+}
+
+TEST_CASE("neighbours that cannot be kept in memory are written once more", "[readback_storage]") {
+  CacheBench bench(MemoryStorage::everything(disk_size), 4 * unit);
+  const auto earlier = pattern(unit, 1);
+  bench.disk.disk().write(unit, earlier, true);
+  bool full = false;
+  for (std::uint64_t begin = 2 * unit; begin < disk_size && !full; begin += unit)
+    full = bench.cache->absorb(*bench.storage, begin, pattern(100, 2)) == Absorbed::no_memory;
+  REQUIRE(full);
+  bench.damaging->damage(unit + 50);
+  const auto fua = pattern(100, 3);
+  bench.cache->write(*bench.storage, unit + 1000, fua, true);
+  CHECK(bench.reported.size() == 1);
+  auto expected = earlier;
+  std::ranges::copy(fua, expected.begin() + 1000);
   CHECK(bench.stored(unit, unit) == expected);
 }
