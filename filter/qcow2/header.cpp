@@ -15,6 +15,8 @@ constexpr std::uint64_t corrupt = 1U << 1U;
 constexpr std::uint64_t external_data_file = 1U << 2U;
 constexpr std::uint64_t has_compression_type = 1U << 3U;
 constexpr std::uint64_t extended_l2 = 1U << 4U;
+constexpr std::uint64_t known_features =
+    dirty | corrupt | external_data_file | has_compression_type | extended_l2;
 constexpr std::uint32_t least_cluster_bits = 9;
 constexpr std::uint32_t most_cluster_bits = 21;
 constexpr std::uint32_t least_extended_l2_cluster_bits = 14;
@@ -73,6 +75,7 @@ std::optional<Header> parse_header(std::span<const std::byte> bytes) noexcept {
   header.length = header_length;
   header.dirty = (features & dirty) != 0;
   header.corrupt = (features & corrupt) != 0;
+  header.unknown_features = (features & ~known_features) != 0;
   header.extended_l2 = (features & extended_l2) != 0;
   if (header.extended_l2 && header.cluster_bits < least_extended_l2_cluster_bits)
     return std::nullopt;

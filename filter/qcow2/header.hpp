@@ -36,6 +36,9 @@ struct Header {
   /// The refcounts may be wrong; nobody but a repair may write to the image.
   bool dirty = false;
   bool corrupt = false;
+  /// The image has features that this filter does not know and without which nobody may open it:
+  /// what its tables mean is unknown. QEMU refuses it.
+  bool unknown_features = false;
   /// Of the header itself, without extensions, in bytes.
   std::uint32_t length = 0;
   /// Of the guest's disk, in bytes. Any value.

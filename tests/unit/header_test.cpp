@@ -211,6 +211,16 @@ TEST_CASE("a dirty or corrupt image is still an image", "[header]") {
   CHECK(version_3().features(corrupt).parse());
 }
 
+TEST_CASE("an image with features that nobody knows still says how large its clusters are",
+          "[header]") {
+  CHECK_FALSE(version_3().features(dirty | corrupt | extended_l2).parse()->unknown_features);
+  for (unsigned bit = 5; bit < 64; ++bit) {
+    const std::optional<Header> header = version_3().features(std::uint64_t{1} << bit).parse();
+    REQUIRE(header);
+    CHECK(header->unknown_features);
+  }
+}
+
 TEST_CASE("extended L2 entries need clusters of 16 KiB", "[header]") {
   for (const std::uint32_t bits : {9U, 13U})
     CHECK_FALSE(version_3().features(extended_l2).cluster_bits(bits).parse());
