@@ -38,6 +38,15 @@ Connection::InUse Connection::in_use() {
   return std::move(*storage);
 }
 
+/// There is nobody to tell but the operator.
+void Connection::check_at_end(const InUse& storage) {
+  try {
+    std::ignore = storage.check();
+  } catch (const std::exception& error) {
+    storage.verifier->report_unchecked(error.what());
+  }
+}
+
 void Connection::drain() noexcept {
   if (ended_ || !membership_.cache)
     return;
@@ -45,7 +54,7 @@ void Connection::drain() noexcept {
     try {
       const InUse storage = in_use();
       storage.cache.drain(storage.use.storage());
-      std::ignore = storage.check(); // there is nobody to tell but the operator, whom it has told
+      check_at_end(storage);
     } catch (const std::exception&) {
       // What is left is found, and reported, by whoever looks at the cache next.
     }

@@ -55,6 +55,8 @@ public:
   [[nodiscard]] const WriteCache& cache() const noexcept { return *membership_.cache; }
 
 private:
+  static void check_at_end(const InUse& storage);
+
   Exports& exports_;
   const std::string export_name_;
   std::shared_ptr<Handle> handle_;

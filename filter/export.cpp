@@ -5,6 +5,10 @@
 
 namespace qcowcache {
 
+namespace {
+constexpr std::ptrdiff_t most_with_failures = 64;
+} // namespace
+
 /// What the background writers see of a cache.
 class Export::Source final : public Writeback::Source {
 public:
@@ -111,9 +115,12 @@ void Export::add_verifier(Entry& entry, const Capabilities& capabilities) {
         writeback->wake(decoding, waiting);
     };
   }
+  settings.decompressors = settings_.decompressors;
   if (capabilities.can_multi_conn)
-    settings.left_failing = std::exchange(left_failing_, {});
+    settings.left = left_;
   entry.verifier = std::make_shared<Verifier>(std::move(settings), budget_);
+  if (capabilities.can_multi_conn)
+    left_ = {}; // the verifier's from here on, until it is removed
   if (settings_.writeback != nullptr) {
     const auto decoding = std::make_shared<Decoding>(entry.verifier);
     *self = decoding;
@@ -127,7 +134,7 @@ void Export::remove_verifier(Entry& entry) {
     settings_.writeback->remove(decoding);
   // Storage that does not share its cache may be another disk for the next connection.
   if (entry.verifier && entry.cache == shared_cache_)
-    left_failing_ = entry.verifier->failing_entries();
+    left_ = entry.verifier->left();
   entry.verifier.reset();
 }
 
@@ -233,9 +240,11 @@ void Export::changed_storage(const WriteCache* by, const ByteRange& range) const
   }
 }
 
-bool Export::disposable() const {
+Export::Need Export::need() const {
   const std::lock_guard lock(mutex_);
-  return caches_.empty() && left_failing_.empty(); // every connection has a cache
+  if (!caches_.empty())
+    return Need::use; // every connection has a cache
+  return left_.empty() ? Need::none : Need::failures;
 }
 
 void Export::report_left() const {
@@ -257,7 +266,10 @@ Exports::Membership Exports::attach(const std::string& name,
   const std::lock_guard lock(mutex_);
   auto found = exports_.find(name);
   if (found == exports_.end())
-    found = exports_.emplace(name, std::make_shared<Export>(name, settings_, budget_)).first;
+    found = exports_
+                .emplace(name, std::make_shared<Export>(name, settings_, budget_,
+                                                        Verifier::Left{{}, forgotten_}))
+                .first;
   Membership membership{found->second, found->second->attach(handle), nullptr};
   membership.verifier = membership.of->verifier_of(membership.cache.get());
   return membership;
@@ -266,8 +278,23 @@ Exports::Membership Exports::attach(const std::string& name,
 void Exports::detach(const Membership& membership, const std::shared_ptr<Handle>& handle) {
   const std::lock_guard lock(mutex_);
   membership.of->detach(handle, membership.cache);
-  if (membership.of->disposable())
-    std::erase_if(exports_, [&](const auto& entry) { return entry.second == membership.of; });
+  const Export::Need need = membership.of->need();
+  if (need == Export::Need::use || (need == Export::Need::failures && may_keep_failures()))
+    return;
+  const auto entry = std::ranges::find_if(
+      exports_, [&](const auto& each) { return each.second == membership.of; });
+  if (need == Export::Need::failures && !std::exchange(forgotten_, true))
+    settings_.report_damage(
+        entry->first, "too many exports have compressed clusters that cannot be read: from here on "
+                      "all clusters of an export are checked whenever it is opened anew");
+  exports_.erase(entry);
+}
+
+bool Exports::may_keep_failures() const {
+  const auto has_failures = [](const auto& entry) {
+    return entry.second->need() == Export::Need::failures;
+  };
+  return std::ranges::count_if(exports_, has_failures) <= most_with_failures;
 }
 
 void Exports::report_left() const {

@@ -49,11 +49,14 @@ public:
     std::function<void(const std::string& export_name, const std::string& line)> report_damage = {};
     /// As in `WriteCache::Settings`.
     std::chrono::milliseconds retry = WriteCache::Settings().retry;
+    /// Who decodes compressed clusters, for all exports.
+    std::shared_ptr<DecompressorPool> decompressors = std::make_shared<DecompressorPool>();
   };
 
-  /// The budget outlives the export.
-  Export(std::string name, Settings settings, MemoryBudget& budget)
-      : name_(std::move(name)), settings_(std::move(settings)), budget_(budget) {}
+  /// The budget outlives the export. `left` is what is known of its clusters from earlier.
+  Export(std::string name, Settings settings, MemoryBudget& budget, Verifier::Left left = {})
+      : name_(std::move(name)), settings_(std::move(settings)), budget_(budget),
+        left_(std::move(left)) {}
 
   /// A connection begins; returns its cache.
   std::shared_ptr<WriteCache> attach(const std::shared_ptr<Handle>& handle);
@@ -68,8 +71,15 @@ public:
   /// wrote to it, or another when storage refused it there; nothing when there is none.
   std::optional<Handle::Use> borrow(const WriteCache& cache, const WriteCache::Next& next) const;
 
-  /// Nobody is connected, and neither bytes nor clusters that cannot be read are left.
-  [[nodiscard]] bool disposable() const;
+  /// What an export is needed for.
+  enum class Need {
+    /// Somebody is connected, or bytes are left that storage refused.
+    use,
+    /// Clusters are left that cannot be read, and nothing else is.
+    failures,
+    none,
+  };
+  [[nodiscard]] Need need() const;
   /// Reports all that is left as lost: the server ends.
   void report_left() const;
 
@@ -108,10 +118,17 @@ private:
   std::vector<Entry> caches_;
   std::shared_ptr<WriteCache> shared_cache_;
   /// What could not be read when the last connection of the shared cache ended.
-  std::vector<Verifier::Entry> left_failing_;
+  Verifier::Left left_;
 };
 
-/// All exports that somebody is connected to or that have bytes left. Thread safe.
+/// All exports that somebody is connected to, or that have bytes left, or clusters that cannot be
+/// read.
+///
+/// Clients choose names: so no more than 64 are kept for such clusters only. When there would be
+/// more the operator is told, and from then on all clusters of an export are looked at when it
+/// is opened anew.
+///
+/// Thread safe.
 class Exports {
 public:
   Exports(Export::Settings settings, MemoryBudget& budget)
@@ -127,12 +144,17 @@ public:
   void report_left() const;
 
 private:
+  /// Whether no more exports than allowed are kept for their failures.
+  [[nodiscard]] bool may_keep_failures() const;
+
   const Export::Settings settings_;
   MemoryBudget& budget_;
   /// Held while somebody attaches or detaches, so that no export is dropped between being found and
   /// being used: two exports of one name would not know of each other's ranges.
   mutable std::mutex mutex_;
   std::map<std::string, std::shared_ptr<Export>> exports_;
+  /// An export is gone whose clusters could not all be read, and nobody knows which one it was.
+  bool forgotten_ = false;
 };
 
 } // namespace qcowcache

@@ -354,13 +354,14 @@ int filter_pwrite(nbdkit_next* /*next*/, void* handle, const void* buffer, std::
 
 /// What cannot be checked because storage cannot be read is no better than damage, and worth no
 /// more than a warning where damage is not.
-Verifier::Outcome check(const Connection::InUse& in_use) {
+Verifier::Outcome check(const Connection::InUse& in_use, const std::string& export_name) {
   try {
     return in_use.check();
   } catch (const std::exception& error) {
     if (parameters.verify() == Verify::error)
       throw;
-    nbdkit_error("qcowcache: verify: %s", error.what());
+    report_damage(export_name,
+                  std::string("compressed clusters could not be checked: ") + error.what());
     return Verifier::Outcome::damaged;
   }
 }
@@ -368,11 +369,14 @@ Verifier::Outcome check(const Connection::InUse& in_use) {
 int filter_flush(nbdkit_next* /*next*/, void* handle, std::uint32_t /*flags*/, int* err) {
   return serve("flush", err, [&] {
     server->follow_size();
-    const Connection::InUse in_use = connection_of(handle).in_use();
+    Connection& connection = connection_of(handle);
+    const Connection::InUse in_use = connection.in_use();
     in_use.cache.flush(in_use.use.storage());
-    if (check(in_use) == Verifier::Outcome::damaged && parameters.verify() == Verify::error)
+    if (check(in_use, connection.export_name()) == Verifier::Outcome::damaged &&
+        parameters.verify() == Verify::error)
       throw std::system_error(EIO, std::generic_category(),
-                              std::to_string(in_use.verifier->failing()) +
+                              "export \"" + printable(connection.export_name()) +
+                                  "\": " + std::to_string(in_use.verifier->failing()) +
                                   " compressed clusters cannot be read");
   });
 }

@@ -16,8 +16,7 @@ using qcow2::Header;
 constexpr std::size_t share_of_budget = 8;
 /// Writers that are slower than clients are not helped by more.
 constexpr std::size_t most_waiting = 64;
-constexpr std::size_t most_decompressors = 5;
-constexpr std::size_t most_failures = 1024;
+constexpr std::size_t most_failures = 256;
 constexpr std::size_t most_reported = 4;
 constexpr std::size_t batch = 4096;
 /// Clusters that lie side by side are read together, in bytes.
@@ -31,6 +30,14 @@ void read_padded(Verifier::Image& image, std::uint64_t offset, std::span<std::by
   std::fill(data.begin() + static_cast<std::ptrdiff_t>(inside.size()), data.end(), std::byte{0});
   if (!inside.empty())
     image.read(offset, data.first(inside.size()));
+}
+
+/// The header of an image whose tables can be followed.
+std::optional<Header> known_header(Verifier::Image& image) {
+  std::optional<Header> header = image.header();
+  if (header && header->unknown_features)
+    header.reset();
+  return header;
 }
 
 bool all_zeros(std::span<const std::byte> data) {
@@ -201,7 +208,7 @@ void Verifier::read_table(Lock& lock, Image& image, std::uint64_t offset,
   read_padded(image, offset, bytes);
 }
 
-/// At the first change: what the image has already is not new.
+/// At the first change: what the image has already is not new, but for what is left to look at.
 void Verifier::open(Lock& lock, Image& image) {
   changed_.wait(lock, [this] { return !opening_; });
   if (opened_)
@@ -211,7 +218,7 @@ void Verifier::open(Lock& lock, Image& image) {
     std::optional<Header> header;
     {
       const Unlocked unlocked(lock);
-      header = image.header();
+      header = known_header(image);
     }
     if (header) {
       tables_.set_header(*header);
@@ -222,7 +229,7 @@ void Verifier::open(Lock& lock, Image& image) {
         read_table(lock, image, rest.begin, bytes);
         tables_.l1_entries(
             static_cast<std::uint32_t>((rest.begin - l1.begin) / qcow2::l1_entry_size), bytes,
-            true);
+            !settings_.left.more);
         rest.begin += bytes.size();
       }
       tables_.begin_reading_l1();
@@ -230,7 +237,9 @@ void Verifier::open(Lock& lock, Image& image) {
       take_over_failing(lock, image);
     }
   } catch (const std::system_error&) {
-    header_stale_ = true; // what cannot be read now is looked at by the next check
+    // What cannot be read now is looked at by the next check, all of it.
+    tables_.clear();
+    header_stale_ = true;
   } catch (...) {
     opening_ = false;
     changed_.notify_all();
@@ -243,7 +252,7 @@ void Verifier::open(Lock& lock, Image& image) {
 
 void Verifier::take_over_failing(Lock& lock, Image& image) {
   const std::uint32_t cluster_size = tables_.header()->cluster_size();
-  for (const Entry& entry : settings_.left_failing) {
+  for (const Entry& entry : settings_.left.failing) {
     if (tables_.has_table(entry.l1_index)) {
       const std::uint64_t offset = tables_.table_offset(entry.l1_index);
       if (tables_.unread_in({offset, offset + 1})) {
@@ -258,29 +267,29 @@ void Verifier::take_over_failing(Lock& lock, Image& image) {
 
 /// Reads the tables that the range is going to change, unless they are in memory.
 void Verifier::keep_old_tables(Lock& lock, Image& image, const ByteRange& range) {
-  std::optional<std::uint32_t> last;
-  std::optional<std::uint32_t> index = tables_.unread_in(range);
-  while (index && index != last) {
+  std::set<std::uint32_t> read;
+  while (const std::optional<std::uint32_t> index = tables_.unread_in(range)) {
+    const std::uint64_t offset = tables_.table_offset(*index);
     if (being_kept_.contains(*index)) {
       changed_.wait(lock);
+    } else if (!read.insert(*index).second) {
+      // There is no memory for it, or not for it and the others. So all of its entries are new:
+      // whoever comes next must not take for old what may have changed by then.
+      tables_.changed({offset, offset + 1});
     } else {
-      last = index;
       being_kept_.insert(*index);
-      const std::uint64_t offset = tables_.table_offset(*index);
-      bool read = false;
       std::vector<std::byte> table(tables_.header()->cluster_size());
+      bool known = true;
       try {
         read_table(lock, image, offset, table);
-        read = true;
       } catch (const std::system_error&) {
-        read = false; // then all of its entries will count as new
+        known = false;
       }
       being_kept_.erase(*index);
       changed_.notify_all();
-      if (read)
+      if (known)
         tables_.load_checked(*index, table);
     }
-    index = tables_.unread_in(range);
   }
 }
 
@@ -294,38 +303,13 @@ bool Verifier::may_be_stream(const Lock& /*lock*/, const ByteRange& range,
          Decompressor::may_begin(header->compression, data) && !tables_.is_table(range);
 }
 
-std::unique_ptr<Decompressor> Verifier::borrow_decompressor(Lock& lock) {
-  changed_.wait(
-      lock, [this] { return !idle_decompressors_.empty() || decompressors_ < most_decompressors; });
-  if (idle_decompressors_.empty()) {
-    idle_decompressors_.reserve(most_decompressors);
-    auto fresh = std::make_unique<Decompressor>();
-    ++decompressors_;
-    return fresh;
-  }
-  std::unique_ptr<Decompressor> idle = std::move(idle_decompressors_.back());
-  idle_decompressors_.pop_back();
-  return idle;
-}
-
-void Verifier::give_back(const Lock& /*lock*/, std::unique_ptr<Decompressor> decompressor) {
-  idle_decompressors_.push_back(std::move(decompressor));
-  changed_.notify_all();
-}
-
 void Verifier::decode(Lock& lock, Jobs::iterator job, std::span<const std::byte> data) {
   Decoding decoding;
   try {
-    std::unique_ptr<Decompressor> decompressor = borrow_decompressor(lock);
-    try {
-      const Unlocked unlocked(lock);
-      decoding = decompressor->decode(job->compression, data, job->cluster_size);
-    } catch (const std::bad_alloc&) {
-      decoding = {}; // the check will try again
-    }
-    give_back(lock, std::move(decompressor));
+    const Unlocked unlocked(lock);
+    decoding = settings_.decompressors->borrow()->decode(job->compression, data, job->cluster_size);
   } catch (const std::bad_alloc&) {
-    decoding = {};
+    decoding = {}; // the check will try again
   }
   if (decoding.whole() && !job->outdated)
     streams_.remember(job->range.begin, static_cast<std::uint32_t>(decoding.stream_size));
@@ -370,7 +354,7 @@ void Verifier::finish_decoding() {
 
 bool Verifier::has_work() const {
   const Lock lock(mutex_);
-  const bool to_open = !opened_ && !settings_.left_failing.empty();
+  const bool to_open = !opened_ && !settings_.left.empty();
   return to_open || header_stale_ || tables_.has_work() || !failures_.empty() || more_failures_ > 0;
 }
 
@@ -379,12 +363,19 @@ std::size_t Verifier::failing() const {
   return failures_.size() + more_failures_;
 }
 
-std::vector<Verifier::Entry> Verifier::failing_entries() const {
+Verifier::Left Verifier::left() const {
   const Lock lock(mutex_);
-  std::vector<Entry> entries;
+  if (round_ == 0)
+    return settings_.left;
+  Left left;
+  left.more = more_failures_ > 0 || cut_off_;
   for (const auto& [place, failure] : failures_)
-    entries.push_back({place.first, place.second, failure.value});
-  return entries;
+    left.failing.push_back({place.first, place.second, failure.value});
+  return left;
+}
+
+void Verifier::report_unchecked(const std::string& why) const {
+  settings_.report("compressed clusters could not be checked: " + why);
 }
 
 Verifier::Outcome Verifier::check(Image& image) {
@@ -396,9 +387,11 @@ Verifier::Outcome Verifier::check(Image& image) {
   Lock lock(mutex_);
   open(lock, image);
   looked_last_ = false;
+  cut_off_ = true;
   do {
     look(lock, image);
   } while (wait_for_late(lock, deadline));
+  cut_off_ = false;
   settle_and_report(lock);
   return failures_.empty() && more_failures_ == 0 ? Outcome::clean : Outcome::damaged;
 }
@@ -426,7 +419,7 @@ void Verifier::refresh_header(Lock& lock, Image& image) {
   try {
     header_stale_ = false;
     const Unlocked unlocked(lock);
-    header = image.header();
+    header = known_header(image);
   } catch (const std::system_error&) {
     header_stale_ = true;
     throw;
@@ -577,16 +570,16 @@ std::size_t Verifier::read_and_decode(Lock& lock, Image& image,
   for (const Candidate& candidate : candidates)
     all.end = std::max(all.end, candidate.data.end);
 
-  std::unique_ptr<Decompressor> decompressor = borrow_decompressor(lock);
   watched_ = all;
   written_while_watched_.clear();
   std::vector<Decoding> decodings(candidates.size());
-  std::string error;
   try {
     const Unlocked unlocked(lock);
     std::vector<std::byte> bytes(all.size());
     if (!bytes.empty())
       image.read(all.begin, bytes);
+    // Only now: storage may take its time, and others need it, too.
+    const DecompressorPool::Loan decompressor = settings_.decompressors->borrow();
     for (std::size_t i = 0; i < candidates.size(); ++i) {
       const Candidate& candidate = candidates[i];
       const std::span<const std::byte> data =
@@ -603,21 +596,21 @@ std::size_t Verifier::read_and_decode(Lock& lock, Image& image,
         decoding.reason = "never written";
     }
   } catch (const std::system_error& refusal) {
-    error = refusal.what();
+    // No verdict: the bytes may be read next time, and be good.
+    watched_ = {};
+    throw std::system_error(refusal.code(), "reading compressed clusters at " + to_string(all));
   } catch (...) {
     watched_ = {};
-    give_back(lock, std::move(decompressor));
     throw;
   }
   watched_ = {};
-  give_back(lock, std::move(decompressor));
 
   std::size_t failed = 0;
   for (std::size_t i = 0; i < candidates.size(); ++i) {
     const Candidate& candidate = candidates[i];
     const bool touched = written_while_watched_.overlaps(candidate.data);
-    if (!decodings[i].whole() || !error.empty()) {
-      bad(lock, candidate, error.empty() ? decodings[i].reason : error, touched);
+    if (!decodings[i].whole()) {
+      bad(lock, candidate, decodings[i].reason, touched);
       ++failed;
     } else if (!touched) {
       good(lock, candidate.entry, decodings[i].stream_size);
@@ -636,7 +629,7 @@ void Verifier::good(const Lock& /*lock*/, const Entry& entry, std::uint64_t size
   tables_.checked(entry);
 }
 
-void Verifier::bad(const Lock& /*lock*/, const Candidate& candidate, std::string reason,
+void Verifier::bad(const Lock& /*lock*/, const Candidate& candidate, const char* reason,
                    bool touched) {
   const Place place{candidate.entry.l1_index, candidate.entry.l2_index};
   const auto known = failures_.find(place);
@@ -646,10 +639,11 @@ void Verifier::bad(const Lock& /*lock*/, const Candidate& candidate, std::string
   }
   const bool same = known != failures_.end() && known->second.value == candidate.entry.value;
   Failure& failure = failures_[place];
+  // Reasons are constants, of which each decoder has one copy.
   failure.reported = same && failure.reported && failure.reason == reason;
   failure.value = candidate.entry.value;
   failure.data = candidate.data;
-  failure.reason = std::move(reason);
+  failure.reason = reason;
   failure.round = round_;
   failure.touched = touched;
   failure.settled = false;
@@ -700,7 +694,8 @@ void Verifier::settle_and_report(const Lock& /*lock*/) {
       }
     }
   }
-  fresh += more_failures_;
+  fresh += more_failures_ - std::min(more_failures_, more_reported_);
+  more_reported_ = more_failures_;
   settings_.counters->add(Count::unreadable_clusters, fresh);
   if (fresh > most_reported)
     settings_.report(std::to_string(fresh - most_reported) +

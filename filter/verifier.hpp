@@ -2,9 +2,9 @@
 
 #include "byte_ranges.hpp"
 #include "counted_memory.hpp"
+#include "decompressor_pool.hpp"
 #include "memory_budget.hpp"
 #include "qcow2/decoded_streams.hpp"
-#include "qcow2/decompressor.hpp"
 #include "qcow2/header.hpp"
 #include "qcow2/table_follower.hpp"
 #include "statistics.hpp"
@@ -50,11 +50,15 @@ namespace qcowcache {
 /// write is ever looked at for what is missing, held back or refused; and a check that finds
 /// something bad first waits for writes in progress there, and then a while for late ones.
 ///
-/// Only the active L1 table is followed: what a snapshot's table names was reachable before.
+/// Only the active L1 table is followed: what a snapshot's table names was reachable before. The
+/// tables of an image with features that nobody knows are not followed: QEMU refuses to open it.
 ///
 /// Copies of tables, remembered streams and data that waits to be decoded count in the memory
 /// budget, up to an eighth of it; with less, more is read again. Nothing here fails a request but a
 /// check: should memory be lacking even to keep track, all tables are looked at in the next one.
+/// Beside that a verifier remembers up to 256 failures (50 KiB); a change of a table for the first
+/// time needs a cluster, and a check up to 512 KiB, a table, and 1 MiB or two clusters, while they
+/// last.
 ///
 /// Thread safe. Calls the image with no mutex held but that of checks.
 class Verifier {
@@ -78,6 +82,16 @@ public:
     virtual void read(std::uint64_t offset, std::span<std::byte> data) = 0;
   };
 
+  /// What the next verifier of a file has to know of an earlier one.
+  struct Left {
+    /// These could not be read: as long as they are there they are checked.
+    std::vector<Entry> failing;
+    /// There were more, or a check came to no end: everything is to be looked at.
+    bool more = false;
+
+    [[nodiscard]] bool empty() const noexcept { return failing.empty() && !more; }
+  };
+
   struct Settings {
     /// How long a check waits for bytes that may still arrive; 0 where requests cannot overtake
     /// each other.
@@ -87,9 +101,10 @@ public:
     /// Called when streams wait to be decoded, with their number and the mutex held, to wake those
     /// who call `decode_one`. Nothing: writes decode themselves.
     std::function<void(std::size_t waiting)> wake;
-    /// What an earlier verifier of this file left: as long as these entries are there they are
-    /// checked.
-    std::vector<Entry> left_failing;
+    /// What an earlier verifier of this file left.
+    Left left;
+    /// Who decodes; for all verifiers of the server. Not null.
+    std::shared_ptr<DecompressorPool> decompressors = std::make_shared<DecompressorPool>();
     /// Where clusters are counted that were found readable, and that were not.
     std::shared_ptr<Counters> counters = std::make_shared<Counters>();
   };
@@ -152,8 +167,11 @@ public:
 
   /// How many clusters cannot be read, as of the last check.
   [[nodiscard]] std::size_t failing() const;
-  /// Those of them that are remembered one by one: for the next verifier of the file.
-  [[nodiscard]] std::vector<Entry> failing_entries() const;
+  /// For the next verifier of the file: what could not be read, or was not looked at since an
+  /// earlier verifier left it.
+  [[nodiscard]] Left left() const;
+  /// Tells the operator, and nobody else is there to be told, that a check threw `why`.
+  void report_unchecked(const std::string& why) const;
 
 private:
   using Lock = std::unique_lock<std::mutex>;
@@ -176,7 +194,8 @@ private:
   struct Failure {
     std::uint64_t value = 0;
     ByteRange data;
-    std::string reason;
+    /// As in `qcow2::Decoding`.
+    const char* reason = "";
     /// The round in which it was last met.
     std::uint64_t round = 0;
     /// Something was written there since.
@@ -212,9 +231,6 @@ private:
   void decode(Lock& lock, Jobs::iterator job, std::span<const std::byte> data);
   void finish_decoding();
 
-  std::unique_ptr<qcow2::Decompressor> borrow_decompressor(Lock& lock);
-  void give_back(const Lock&, std::unique_ptr<qcow2::Decompressor> decompressor);
-
   void look(Lock& lock, Image& image);
   void refresh_header(Lock& lock, Image& image);
   void refresh_l1(Lock& lock, Image& image);
@@ -226,7 +242,7 @@ private:
   std::size_t look_at(Lock& lock, Image& image, std::span<const Entry> entries);
   std::size_t read_and_decode(Lock& lock, Image& image, std::span<const Candidate> candidates);
   void good(const Lock&, const Entry& entry, std::uint64_t size);
-  void bad(const Lock&, const Candidate& candidate, std::string reason, bool touched);
+  void bad(const Lock&, const Candidate& candidate, const char* reason, bool touched);
   bool wait_for_late(Lock& lock, std::chrono::steady_clock::time_point deadline);
   void settle_and_report(const Lock&);
 
@@ -249,14 +265,16 @@ private:
   Jobs jobs_;
   std::uint64_t last_job_ = 0;
   std::size_t waiting_ = 0;
-  std::vector<std::unique_ptr<qcow2::Decompressor>> idle_decompressors_;
-  std::size_t decompressors_ = 0;
   /// What a check has read and is decoding, and where others have written meanwhile.
   ByteRange watched_;
   ByteRanges written_while_watched_;
   std::map<Place, Failure> failures_;
   /// Failures of the last round beyond those.
   std::size_t more_failures_ = 0;
+  /// How many of those the operator was told of.
+  std::size_t more_reported_ = 0;
+  /// The last check threw.
+  bool cut_off_ = false;
   std::uint64_t round_ = 0;
   /// The check that is running has looked once more after its patience had ended.
   bool looked_last_ = false;

@@ -1,6 +1,8 @@
 #include "connection.hpp"
 
+#include "cached_image.hpp"
 #include "catch.hpp"
+#include "damaged_image.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
 #include "serving.hpp"
@@ -23,6 +25,63 @@ std::shared_ptr<MemoryDisk> image(std::uint64_t size) {
   disk->write(0, qcow2_header(16), true);
   return disk;
 }
+
+/// Exports whose compressed clusters are checked.
+class Verifying {
+public:
+  [[nodiscard]] Exports& exports() noexcept { return exports_; }
+  /// What the operator was told, line by line.
+  std::vector<std::string> told;
+
+private:
+  Export::Settings settings() {
+    Export::Settings settings;
+    settings.report_loss = [](const std::string&, const Unsaved&) {};
+    settings.verify = true;
+    settings.report_damage = [this](const std::string& name, const std::string& line) {
+      told.push_back(name + ": " + line);
+    };
+    return settings;
+  }
+
+  MemoryBudget budget_{64 * unit};
+  Exports exports_{settings(), budget_};
+};
+
+/// One client of such an export.
+class VerifiedClient {
+public:
+  VerifiedClient(Verifying& server, const std::string& name,
+                 const std::shared_ptr<MemoryDisk>& disk, const Capabilities& capabilities)
+      : connection_(server.exports(), name) {
+    auto storage = std::make_unique<MemoryStorage>(capabilities, disk);
+    storage->before = [this](const MemoryStorage::Call& call) {
+      if (refuses_reads && call.kind == Kind::read)
+        throw std::system_error(ENOMEDIUM, std::generic_category(), "refused");
+    };
+    connection_.begin(std::move(storage));
+  }
+  VerifiedClient(const VerifiedClient&) = delete;
+  VerifiedClient& operator=(const VerifiedClient&) = delete;
+  ~VerifiedClient() {
+    connection_.drain();
+    connection_.end();
+  }
+
+  void write(std::uint64_t offset, std::span<const std::byte> data) {
+    const Connection::InUse in_use = connection_.in_use();
+    CachedImage seen(in_use.cache, in_use.use.storage());
+    Verifier::Change change(in_use.verifier, seen, {offset, offset + data.size()});
+    in_use.cache.write(in_use.use.storage(), offset, data, false);
+    change.wrote(data);
+  }
+  Verifier::Outcome check() { return connection_.in_use().check(); }
+
+  bool refuses_reads = false;
+
+private:
+  Connection connection_;
+};
 
 } // namespace
 
@@ -366,4 +425,56 @@ TEST_CASE("many clients of several exports come, write, and go", "[connection]")
     CHECK(disks[i]->now() == models[i]);
   CHECK(serving.lost == 0);
   CHECK(serving.budget().used() == 0);
+}
+
+TEST_CASE("a connection that cannot write does not make clusters good that cannot be read",
+          "[connection]") {
+  Verifying server;
+  const auto disk = std::make_shared<MemoryDisk>(4 * unit);
+  Capabilities capabilities = MemoryStorage::everything(4 * unit);
+  VerifiedClient(server, "a", disk, capabilities).write(0, damaged_image());
+  CHECK(server.told.size() == 1);
+  capabilities.can_write = false;
+  { const VerifiedClient reader(server, "a", disk, capabilities); }
+  capabilities.can_write = true;
+  CHECK(VerifiedClient(server, "a", disk, capabilities).check() == Verifier::Outcome::damaged);
+  CHECK(VerifiedClient(server, "b", disk, capabilities).check() == Verifier::Outcome::clean);
+}
+
+TEST_CASE("when clusters cannot be checked at the end of a connection the operator is told",
+          "[connection]") {
+  Verifying server;
+  const auto disk = std::make_shared<MemoryDisk>(4 * unit);
+  disk->write(0, damaged_image(), true);
+  disk->write(unit, std::vector<std::byte>(8), true);
+  const Capabilities capabilities = MemoryStorage::everything(4 * unit);
+  {
+    VerifiedClient client(server, "a", disk, capabilities);
+    client.refuses_reads = true;
+    const std::vector<std::byte> image = damaged_image();
+    client.write(unit, std::span(image).subspan(unit, 8)); // names a table
+  }
+  REQUIRE(server.told.size() == 1);
+  CHECK(server.told.front().starts_with("a: compressed clusters could not be checked: "));
+}
+
+TEST_CASE("of any number of exports with clusters that cannot be read none is forgotten",
+          "[connection]") {
+  Verifying server;
+  const Capabilities capabilities = MemoryStorage::everything(4 * unit);
+  constexpr std::size_t names = 80;
+  std::vector<std::shared_ptr<MemoryDisk>> disks;
+  for (std::size_t i = 0; i < names; ++i) {
+    disks.push_back(std::make_shared<MemoryDisk>(4 * unit));
+    VerifiedClient(server, std::to_string(i), disks[i], capabilities).write(0, damaged_image());
+  }
+  // One line each, and one when there were more than are remembered by name.
+  REQUIRE(server.told.size() == names + 1);
+  CHECK(server.told[64 + 1].starts_with("64: too many exports"));
+  for (std::size_t i = 0; i < names; ++i)
+    CHECK(VerifiedClient(server, std::to_string(i), disks[i], capabilities).check() ==
+          Verifier::Outcome::damaged);
+  const auto sound = std::make_shared<MemoryDisk>(4 * unit);
+  sound->write(0, qcow2_header(16), true);
+  CHECK(VerifiedClient(server, "another", sound, capabilities).check() == Verifier::Outcome::clean);
 }

@@ -329,6 +329,24 @@ TEST_CASE("an image that cannot be read fails the check, and the next one does t
   CHECK(bench.check() == Outcome::clean);
 }
 
+TEST_CASE("clusters that cannot be read now are no damage when they can", "[verifier]") {
+  Bench bench;
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  for (std::uint32_t i = 0; i < 3; ++i) {
+    bench.image.store(data_at + i * cluster, stream);
+    bench.publish(i, entry_of(data_at + i * cluster, stream.size()));
+  }
+  bench.image.refuses = true;
+  CHECK_THROWS_AS(bench.check(), std::system_error);
+  CHECK_THROWS_AS(bench.check(), std::system_error);
+  CHECK(bench.verifier.left().more);
+  bench.image.refuses = false;
+  CHECK(bench.check() == Outcome::clean);
+  CHECK(bench.verifier.left().empty());
+  CHECK(bench.reported.empty());
+}
+
 TEST_CASE("streams may be decoded by others, or by the check itself", "[verifier]") {
   MemoryBudget budget(64U << 20U);
   MemoryImage image;
@@ -455,8 +473,9 @@ TEST_CASE("what an earlier verifier left failing is checked as long as it is the
   CHECK(bench.check() == Outcome::damaged);
   std::vector<std::string> reported;
   Verifier::Settings settings;
-  settings.left_failing = bench.verifier.failing_entries();
-  CHECK(settings.left_failing.size() == 2);
+  settings.left = bench.verifier.left();
+  CHECK(settings.left.failing.size() == 2);
+  CHECK_FALSE(settings.left.more);
   settings.report = [&](const std::string& line) { reported.push_back(line); };
 
   bench.image.store(l2_at + 4 * 8, number(0)); // taken back by somebody else
@@ -473,6 +492,130 @@ TEST_CASE("what an earlier verifier left failing is checked as long as it is the
   bench.image.store(0, std::vector<std::byte>(512)); // another file
   Verifier last(settings, bench.budget);
   CHECK(last.check(bench.image) == Outcome::clean);
+}
+
+TEST_CASE("a verifier that was never used leaves what it was left", "[verifier]") {
+  Bench bench;
+  bench.create();
+  bench.publish(3, entry_of(data_at, 1000));
+  CHECK(bench.check() == Outcome::damaged);
+  Verifier::Settings settings;
+  settings.left = bench.verifier.left();
+  settings.report = [](const std::string& /*line*/) {};
+  const Verifier unused(settings, bench.budget);
+  CHECK(unused.left().failing.size() == 1);
+  settings.left = {{}, true};
+  const Verifier unused_again(settings, bench.budget);
+  CHECK(unused_again.left().more);
+  CHECK(unused_again.has_work());
+}
+
+TEST_CASE("more failures than anybody can remember are left, too", "[verifier]") {
+  Bench bench;
+  bench.create();
+  constexpr std::uint32_t many = 300;
+  for (std::uint32_t i = 0; i < many; ++i)
+    bench.publish(i, entry_of(data_at + i * cluster, 1000));
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench.verifier.failing() == many);
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench[Count::unreadable_clusters] == many); // once each
+  Verifier::Settings settings;
+  settings.left = bench.verifier.left();
+  CHECK(settings.left.failing.size() == 256);
+  CHECK(settings.left.more);
+  settings.report = [](const std::string& /*line*/) {};
+
+  // All that it can remember one by one is repaired: the rest is still there.
+  const auto stream = deflated(compressible(cluster, 1));
+  for (std::uint32_t i = 0; i < 256; ++i)
+    bench.image.store(data_at + i * cluster, stream);
+  const std::uint64_t fits = entry_of(data_at, stream.size());
+  for (std::uint32_t i = 0; i < 256; ++i)
+    bench.image.store(l2_at + i * 8, number(fits + i * cluster));
+  Verifier next(settings, bench.budget);
+  if (GENERATE(true, false)) {
+    Verifier::Change change(&next, bench.image, {l2_at + 8, l2_at + 16});
+    bench.image.store(l2_at + 8, number(0));
+    change.wrote(number(0));
+  }
+  CHECK(next.check(bench.image) == Outcome::damaged);
+  CHECK(next.failing() == many - 256);
+  CHECK_FALSE(next.left().more);
+  for (std::uint32_t i = 256; i < many; ++i) {
+    Verifier::Change change(&next, bench.image, {l2_at + i * 8, l2_at + i * 8 + 8});
+    bench.image.store(l2_at + i * 8, number(0));
+    change.wrote(number(0));
+  }
+  CHECK(next.check(bench.image) == Outcome::clean);
+  CHECK(next.left().empty());
+}
+
+TEST_CASE("what a check could not look at is left", "[verifier]") {
+  Bench bench;
+  bench.create();
+  bench.publish(3, entry_of(data_at, 1000));
+  bench.write(0, std::vector(bench.image.bytes.begin(), bench.image.bytes.begin() + 512));
+  bench.write(l1_at + 1, std::vector<std::byte>(3));
+  bench.image.refuses = true;
+  CHECK_THROWS_AS(bench.check(), std::system_error);
+  Verifier::Settings settings;
+  settings.left = bench.verifier.left();
+  CHECK_FALSE(settings.left.empty());
+  settings.report = [](const std::string& /*line*/) {};
+  Verifier next(settings, bench.budget);
+  SECTION("and stays, when the next verifier cannot look, either") {
+    Verifier::Change change(&next, bench.image, {image_size - 10, image_size});
+    change.wrote(pattern(10, 1));
+  }
+  SECTION("and is looked at as soon as that is possible") {}
+  bench.image.refuses = false;
+  CHECK(next.check(bench.image) == Outcome::damaged);
+}
+
+TEST_CASE("failures that were left are not lost when their tables cannot be read", "[verifier]") {
+  Bench bench;
+  bench.create();
+  bench.publish(3, entry_of(data_at, 1000));
+  CHECK(bench.check() == Outcome::damaged);
+  Verifier::Settings settings;
+  settings.left = bench.verifier.left();
+  settings.report = [](const std::string& /*line*/) {};
+  Verifier next(settings, bench.budget);
+  bench.image.refuses = true;
+  {
+    Verifier::Change change(&next, bench.image, {image_size - 10, image_size});
+    change.wrote(pattern(10, 1));
+  }
+  bench.image.refuses = false;
+  CHECK(next.check(bench.image) == Outcome::damaged);
+}
+
+TEST_CASE("a write over several tables ends, however little memory there is", "[verifier]") {
+  const std::size_t memory =
+      GENERATE(range(std::size_t{0}, std::size_t{1000000}, std::size_t{25000}));
+  Bench first;
+  first.create();
+  for (std::uint64_t table = 0; table < 4; ++table) {
+    first.write(l1_at + table * 8, number(l2_at + table * cluster));
+    first.image.store(l2_at + table * cluster, number(entry_of(data_at, 1000)));
+  }
+  Bench bench({}, memory);
+  bench.image.bytes = first.image.bytes;
+  bench.zero({l2_at, l2_at + 4 * cluster});
+  CHECK(bench.check() == Outcome::clean);
+  bench.write(l2_at + 3 * cluster, number(entry_of(data_at, 1000)));
+  CHECK(bench.check() == Outcome::damaged);
+}
+
+TEST_CASE("what the tables of an image with unknown features mean is not guessed", "[verifier]") {
+  Bench bench;
+  bench.create();
+  bench.write(72, number(std::uint64_t{1} << 5U));
+  bench.publish(3, entry_of(data_at, 1000));
+  CHECK(bench.check() == Outcome::clean);
+  bench.write(72, number(0));
+  CHECK(bench.check() == Outcome::damaged);
 }
 
 TEST_CASE("without a verifier a change does nothing", "[verifier]") {
