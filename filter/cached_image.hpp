@@ -4,6 +4,8 @@
 #include "verifier.hpp"
 #include "write_cache.hpp"
 
+#include <algorithm>
+
 namespace qcowcache {
 
 /// The file as clients of one cache see it: what is cached over what is on storage. Both outlive
@@ -14,6 +16,9 @@ public:
 
   std::optional<qcow2::Header> header() override;
   [[nodiscard]] std::uint64_t size() const override { return storage_.capabilities().size; }
+  [[nodiscard]] std::uint64_t largest_size() const override {
+    return std::max(size(), cache_.size());
+  }
   void read(std::uint64_t offset, std::span<std::byte> data) override {
     cache_.read(storage_, offset, data);
   }

@@ -6,9 +6,8 @@ namespace qcowcache {
 
 namespace {
 
-/// The budget is asked for so much at a time. It hands out whole pages, so one of them lies idle.
+/// The budget hands out whole pages, so one of each grant lies idle.
 constexpr std::size_t page_size = 4096;
-constexpr std::size_t grant = 4 * page_size;
 /// What an allocation costs beside its own bytes, at most.
 constexpr std::size_t overhead = 32;
 
@@ -38,7 +37,10 @@ void CountedMemory::do_deallocate(void* memory, std::size_t bytes, std::size_t a
   ::operator delete (memory, std::align_val_t{alignment});
   used_ -= bytes + overhead;
   // One is kept, so that a container that grows and shrinks does not go back and forth.
-  while (!grants_.empty() && (used_ == 0 || used_ + 2 * (grant - page_size) <= granted()))
+  const auto spare = [this](std::size_t grants) {
+    return used_ + grants * (grant - page_size) <= granted();
+  };
+  while (!grants_.empty() && (used_ == 0 || spare(2) || (spare(1) && too_much())))
     grants_.pop_back();
 }
 

@@ -22,8 +22,13 @@ public:
 
   /// Bytes that are handed out now, with what each allocation costs beside.
   [[nodiscard]] std::size_t used() const noexcept { return used_; }
+  /// Whether more is held than may be, since the budget has become smaller.
+  [[nodiscard]] bool too_much() const { return grants_.size() * grant > budget_.limit() / share_; }
 
 private:
+  /// The budget is asked for so many bytes at a time.
+  static constexpr std::size_t grant = std::size_t{4} * 4096;
+
   void* do_allocate(std::size_t bytes, std::size_t alignment) override;
   void do_deallocate(void* memory, std::size_t bytes, std::size_t alignment) override;
   [[nodiscard]] bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override {

@@ -39,7 +39,7 @@ public:
 
   void write_one() override { verifier_->decode_one(); }
   [[nodiscard]] std::size_t waiting() const override { return verifier_->waiting(); }
-  void tick() override {}
+  void tick() override { verifier_->shrink(); }
 
 private:
   const std::shared_ptr<Verifier> verifier_;

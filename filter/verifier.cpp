@@ -60,7 +60,7 @@ private:
 
 Verifier::Verifier(Settings settings, MemoryBudget& budget)
     : settings_(std::move(settings)), memory_(budget, share_of_budget), streams_(&memory_),
-      tables_(&memory_) {}
+      tables_(&memory_, [this] { return streams_.drop_lowest(); }) {}
 
 Verifier::~Verifier() = default;
 
@@ -70,11 +70,16 @@ void Verifier::Change::begin(Image& image, const ByteRange& range) noexcept {
   try {
     entry_ = verifier_->begin(image, range);
   } catch (const std::exception&) {
+    unnoted_ = true;
     verifier_->give_up();
   }
 }
 
 void Verifier::Change::end_unknown() noexcept {
+  if (unnoted_) {
+    verifier_->give_up(); // a check may have come to an end since it began
+    return;
+  }
   try {
     verifier_->end_changed(*entry_);
   } catch (const std::exception&) {
@@ -103,9 +108,7 @@ void Verifier::Change::zeroed() noexcept {
 /// Something was not noted for want of memory: nothing is known any more.
 void Verifier::give_up() noexcept {
   const Lock lock(mutex_);
-  streams_.clear();
-  for (Job& job : jobs_)
-    job.outdated = true;
+  forget_streams(lock);
   opened_ = true;
   header_stale_ = true;
   tables_.lose();
@@ -113,28 +116,40 @@ void Verifier::give_up() noexcept {
   changed_.notify_all();
 }
 
-std::list<ByteRange>::iterator Verifier::begin(Image& image, const ByteRange& range) {
+Verifier::InProgress::iterator Verifier::begin(Image& image, const ByteRange& range) {
   Lock lock(mutex_);
   open(lock, image);
+  shrink(lock);
+  keep_old_tables(lock, image, range);
   outdate(lock, range);
   arrived(lock, range);
-  keep_old_tables(lock, image, range);
-  return in_progress_.insert(in_progress_.end(), range);
+  bool crossed = false;
+  for (Progress& other : in_progress_) {
+    if (other.range.overlaps(range))
+      crossed = other.crossed = true;
+  }
+  return in_progress_.insert(in_progress_.end(), {range, crossed});
 }
 
-ByteRange Verifier::end_progress(const Lock& lock, std::list<ByteRange>::iterator entry) {
-  const ByteRange range = *entry;
+Verifier::Progress Verifier::end_progress(const Lock& lock, InProgress::iterator entry) {
+  const Progress ended = *entry;
+  const ByteRange& range = ended.range;
   in_progress_.erase(entry);
+  outdate(lock, range);
   header_stale_ = header_stale_ || range.begin < qcow2::header_bytes;
   tables_changed_ = tables_changed_ || header_stale_ || tables_.is_table(range);
   arrived(lock, range);
   changed_.notify_all();
-  return range;
+  return ended;
 }
 
-void Verifier::end(std::list<ByteRange>::iterator entry, std::span<const std::byte> data) {
+void Verifier::end(InProgress::iterator entry, std::span<const std::byte> data) {
   Lock lock(mutex_);
-  const ByteRange range = end_progress(lock, entry);
+  const auto [range, crossed] = end_progress(lock, entry);
+  if (crossed) {
+    tables_.changed(range);
+    return;
+  }
   tables_.wrote(range.begin, data);
   if (!may_be_stream(lock, range, data))
     return;
@@ -156,14 +171,18 @@ void Verifier::end(std::list<ByteRange>::iterator entry, std::span<const std::by
   decode(lock, job, data);
 }
 
-void Verifier::end_zeroed(std::list<ByteRange>::iterator entry) {
+void Verifier::end_zeroed(InProgress::iterator entry) {
   const Lock lock(mutex_);
-  tables_.zeroed(end_progress(lock, entry));
+  const auto [range, crossed] = end_progress(lock, entry);
+  if (crossed)
+    tables_.changed(range);
+  else
+    tables_.zeroed(range);
 }
 
-void Verifier::end_changed(std::list<ByteRange>::iterator entry) {
+void Verifier::end_changed(InProgress::iterator entry) {
   const Lock lock(mutex_);
-  tables_.changed(end_progress(lock, entry));
+  tables_.changed(end_progress(lock, entry).range);
 }
 
 void Verifier::forget(const ByteRange& range) noexcept {
@@ -174,6 +193,26 @@ void Verifier::forget(const ByteRange& range) noexcept {
   tables_.changed(range);
   tables_changed_ = true;
   changed_.notify_all();
+}
+
+void Verifier::shrink() noexcept {
+  const Lock lock(mutex_);
+  shrink(lock);
+}
+
+void Verifier::shrink(const Lock& /*lock*/) noexcept {
+  if (!memory_.too_much())
+    return;
+  tables_.drop_checked_copies();
+  bool dropped = true;
+  while (dropped && memory_.too_much())
+    dropped = streams_.drop_lowest();
+}
+
+void Verifier::forget_streams(const Lock& /*lock*/) noexcept {
+  streams_.clear();
+  for (Job& job : jobs_)
+    job.outdated = true;
 }
 
 /// Remembered streams in the range are no longer what they were.
@@ -277,16 +316,22 @@ void Verifier::keep_old_tables(Lock& lock, Image& image, const ByteRange& range)
       // whoever comes next must not take for old what may have changed by then.
       tables_.changed({offset, offset + 1});
     } else {
-      being_kept_.insert(*index);
       std::vector<std::byte> table(tables_.header()->cluster_size());
       bool known = true;
+      being_kept_.insert(*index);
+      const auto kept = [this, which = *index] {
+        being_kept_.erase(which);
+        changed_.notify_all();
+      };
       try {
         read_table(lock, image, offset, table);
       } catch (const std::system_error&) {
         known = false;
+      } catch (...) {
+        kept();
+        throw;
       }
-      being_kept_.erase(*index);
-      changed_.notify_all();
+      kept();
       if (known)
         tables_.load_checked(*index, table);
     }
@@ -368,7 +413,7 @@ Verifier::Left Verifier::left() const {
   if (round_ == 0)
     return settings_.left;
   Left left;
-  left.more = more_failures_ > 0 || cut_off_;
+  left.more = more_failures_ > 0 || cut_off_ || left_out_;
   for (const auto& [place, failure] : failures_)
     left.failing.push_back({place.first, place.second, failure.value});
   return left;
@@ -399,6 +444,7 @@ Verifier::Outcome Verifier::check(Image& image) {
 void Verifier::look(Lock& lock, Image& image) {
   ++round_;
   more_failures_ = 0;
+  left_out_ = false;
   tables_changed_ = false;
   refresh_header(lock, image);
   if (tables_.header()) {
@@ -424,6 +470,10 @@ void Verifier::refresh_header(Lock& lock, Image& image) {
     header_stale_ = true;
     throw;
   }
+  const std::optional<Header>& before = tables_.header();
+  if (!header || !before || header->compression != before->compression ||
+      header->cluster_size() != before->cluster_size())
+    forget_streams(lock); // what another image calls one
   if (header)
     tables_.set_header(*header);
   else
@@ -454,11 +504,13 @@ void Verifier::refresh_tables(Lock& lock, Image& image) {
       read_table(lock, image, *replaced, table);
       tables_.load_checked(*index, table);
     }
-    tables_.begin_reading(*index);
-    const std::uint64_t offset = tables_.table_offset(*index);
-    read_table(lock, image, offset, table);
-    if (!tables_.load(*index, table))
-      tables_.looked_at_all(*index, look_at_table(lock, image, *index, table) == 0);
+    // It may have been lost meanwhile.
+    if (tables_.has_table(*index)) {
+      tables_.begin_reading(*index);
+      read_table(lock, image, tables_.table_offset(*index), table);
+      if (!tables_.load(*index, table))
+        tables_.looked_at_all(*index, look_at_table(lock, image, *index, table) == 0);
+    }
   }
 }
 
@@ -511,6 +563,7 @@ void Verifier::look_at_everything(Lock& lock, Image& image) {
           const auto index =
               static_cast<std::uint32_t>((rest.begin - l1.begin + at) / qcow2::l1_entry_size);
           failed += look_at_table(lock, image, index, table);
+          tables_.looked_at_table(index, *offset);
         }
       }
     }
@@ -520,6 +573,8 @@ void Verifier::look_at_everything(Lock& lock, Image& image) {
   }
   if (failed > 0)
     tables_.look_at_everything_again();
+  else if (in_progress_.empty()) // who has begun has not kept the tables that he is changing
+    tables_.follow_again();
 }
 
 /// Returns how many of the entries are not good.
@@ -527,13 +582,14 @@ std::size_t Verifier::look_at(Lock& lock, Image& image, std::span<const Entry> e
   if (!tables_.header())
     return 0;
   const Header header = *tables_.header();
-  const std::uint64_t size = image.size();
+  const ByteRange readable{0, image.size()};
+  const ByteRange whole{0, image.largest_size()};
   std::vector<Candidate> candidates;
   std::size_t failed = 0;
   for (const Entry& entry : entries) {
     const qcow2::CompressedCluster cluster = qcow2::compressed_cluster(entry.value, header);
     const ByteRange data =
-        ByteRange{cluster.offset, cluster.offset + cluster.length}.intersection({0, size});
+        ByteRange{cluster.offset, cluster.offset + cluster.length}.intersection(whole);
     const std::uint32_t remembered = streams_.size_at(cluster.offset);
     const auto known = failures_.find({entry.l1_index, entry.l2_index});
     if (remembered > 0 && remembered <= data.size()) {
@@ -542,6 +598,9 @@ std::size_t Verifier::look_at(Lock& lock, Image& image, std::span<const Entry> e
     } else if (known != failures_.end() && known->second.value == entry.value &&
                !known->second.touched) {
       known->second.round = round_;
+      ++failed;
+    } else if (!data.empty() && data.end > readable.end) {
+      left_out_ = true; // for somebody who sees it to check
       ++failed;
     } else {
       candidates.push_back({entry, cluster, data});
@@ -642,7 +701,8 @@ void Verifier::bad(const Lock& /*lock*/, const Candidate& candidate, const char*
   // Reasons are constants, of which each decoder has one copy.
   failure.reported = same && failure.reported && failure.reason == reason;
   failure.value = candidate.entry.value;
-  failure.data = candidate.data;
+  // What the file does not have yet may come, too.
+  failure.data = {candidate.cluster.offset, candidate.cluster.offset + candidate.cluster.length};
   failure.reason = reason;
   failure.round = round_;
   failure.touched = touched;
@@ -660,10 +720,10 @@ bool Verifier::wait_for_late(Lock& lock, std::chrono::steady_clock::time_point d
     for (const auto& [place, failure] : failures_) {
       const ByteRange& data = failure.data;
       touched = touched || (!failure.settled && failure.touched);
-      in_progress = in_progress ||
-                    (!failure.settled && std::ranges::any_of(in_progress_, [&](const auto& range) {
-                      return range.overlaps(data);
-                    }));
+      in_progress = in_progress || (!failure.settled &&
+                                    std::ranges::any_of(in_progress_, [&](const Progress& change) {
+                                      return change.range.overlaps(data);
+                                    }));
     }
     const bool late = std::chrono::steady_clock::now() >= deadline;
     if (in_progress)

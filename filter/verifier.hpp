@@ -75,8 +75,10 @@ public:
 
     /// The header, if there is one. Throws std::system_error.
     virtual std::optional<qcow2::Header> header() = 0;
-    /// In bytes.
+    /// Of what the caller can read, in bytes.
     [[nodiscard]] virtual std::uint64_t size() const = 0;
+    /// Of what anybody can read who shares the verifier: what lies behind `size` is left to them.
+    [[nodiscard]] virtual std::uint64_t largest_size() const { return size(); }
     /// Reads what clients would read. The range lies within the size and is not empty. Throws
     /// std::system_error.
     virtual void read(std::uint64_t offset, std::span<std::byte> data) = 0;
@@ -111,6 +113,16 @@ public:
 
   enum class Outcome { clean, damaged };
 
+private:
+  /// A change that has begun and has not ended.
+  struct Progress {
+    ByteRange range;
+    /// Another one overlapped it, so that nobody knows which of their bytes are there now.
+    bool crossed = false;
+  };
+  using InProgress = std::list<Progress>;
+
+public:
   /// A change of the file, from before it begins until it has been made, or has failed. Does
   /// nothing when there is no verifier.
   class Change {
@@ -125,7 +137,7 @@ public:
     Change& operator=(const Change&) = delete;
     /// Unless one of the two below was called, nobody knows what is in the range now.
     ~Change() {
-      if (entry_)
+      if (entry_ || unnoted_)
         end_unknown();
     }
 
@@ -143,7 +155,9 @@ public:
     void end_written(std::span<const std::byte> data) noexcept;
 
     Verifier* verifier_;
-    std::optional<std::list<ByteRange>::iterator> entry_;
+    std::optional<InProgress::iterator> entry_;
+    /// There was no memory to note it.
+    bool unnoted_ = false;
   };
 
   /// The budget outlives the verifier.
@@ -164,6 +178,8 @@ public:
   bool decode_one();
   /// How many streams wait to be decoded.
   [[nodiscard]] std::size_t waiting() const;
+  /// Gives back memory that the budget no longer allows.
+  void shrink() noexcept;
 
   /// How many clusters cannot be read, as of the last check.
   [[nodiscard]] std::size_t failing() const;
@@ -209,17 +225,20 @@ private:
   struct Candidate {
     Entry entry;
     qcow2::CompressedCluster cluster;
+    /// What of it the file has.
     ByteRange data;
   };
 
   // Functions that take a Lock need it held, and return with it held; those that are not const may
   // have released it in between.
-  std::list<ByteRange>::iterator begin(Image& image, const ByteRange& range);
-  void end(std::list<ByteRange>::iterator entry, std::span<const std::byte> data);
-  void end_zeroed(std::list<ByteRange>::iterator entry);
-  void end_changed(std::list<ByteRange>::iterator entry);
-  ByteRange end_progress(const Lock& lock, std::list<ByteRange>::iterator entry);
+  InProgress::iterator begin(Image& image, const ByteRange& range);
+  void end(InProgress::iterator entry, std::span<const std::byte> data);
+  void end_zeroed(InProgress::iterator entry);
+  void end_changed(InProgress::iterator entry);
+  Progress end_progress(const Lock& lock, InProgress::iterator entry);
   void give_up() noexcept;
+  void shrink(const Lock&) noexcept;
+  void forget_streams(const Lock&) noexcept;
   void read_table(Lock& lock, Image& image, std::uint64_t offset, std::span<std::byte> bytes);
   void open(Lock& lock, Image& image);
   void take_over_failing(Lock& lock, Image& image);
@@ -259,7 +278,7 @@ private:
   bool header_stale_ = false;
   /// Something that a check follows was changed since its round began.
   bool tables_changed_ = false;
-  std::list<ByteRange> in_progress_;
+  InProgress in_progress_;
   /// L1 indices of the tables whose old content is being read.
   std::set<std::uint32_t> being_kept_;
   Jobs jobs_;
@@ -275,6 +294,8 @@ private:
   std::size_t more_reported_ = 0;
   /// The last check threw.
   bool cut_off_ = false;
+  /// It did not look at clusters that lie behind what its image could read.
+  bool left_out_ = false;
   std::uint64_t round_ = 0;
   /// The check that is running has looked once more after its patience had ended.
   bool looked_last_ = false;

@@ -12,11 +12,17 @@ constexpr std::uint64_t region_size = std::uint64_t{4} * 1024 * 1024;
 
 void DecodedStreams::remember(std::uint64_t offset, std::uint32_t size) {
   forget({offset, offset + size});
-  while (!try_remember(offset, size)) {
-    if (regions_.empty())
-      return;
-    regions_.erase(regions_.begin());
-  }
+  bool remembered = false;
+  do
+    remembered = try_remember(offset, size);
+  while (!remembered && drop_lowest());
+}
+
+bool DecodedStreams::drop_lowest() noexcept {
+  if (regions_.empty())
+    return false;
+  regions_.erase(regions_.begin());
+  return true;
 }
 
 bool DecodedStreams::try_remember(std::uint64_t offset, std::uint32_t size) {

@@ -24,6 +24,8 @@ public:
   /// The bytes of `range` are going to be others.
   void forget(const ByteRange& range) noexcept;
   void clear() noexcept { regions_.clear(); }
+  /// Forgets the lowest ones, for their memory. Returns false when there are none.
+  bool drop_lowest() noexcept;
 
   /// The size of the stream that begins at `offset`; 0 when none is known there.
   [[nodiscard]] std::uint32_t size_at(std::uint64_t offset) const noexcept;

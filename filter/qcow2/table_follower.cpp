@@ -36,6 +36,7 @@ void TableFollower::clear() noexcept {
   l1_touched_ = false;
   lost_ = false;
   lost_touched_ = false;
+  learning_ = false;
   l1_.clear();
   by_offset_.clear();
   copies_.clear();
@@ -45,9 +46,36 @@ void TableFollower::lose() noexcept {
   l1_.clear();
   by_offset_.clear();
   copies_.clear();
+  zeros_.clear();
   l1_stale_ = false;
   lost_ = true;
   lost_touched_ = true;
+  learning_ = false;
+}
+
+void TableFollower::begin_looking_at_everything() noexcept {
+  lost_touched_ = false;
+  learning_ = false;
+  l1_.clear();
+  by_offset_.clear();
+  try {
+    make_l1();
+    learning_ = true;
+  } catch (const std::bad_alloc&) {
+    l1_.clear(); // it goes without, as before
+  }
+}
+
+void TableFollower::looked_at_table(std::uint32_t l1_index, std::uint64_t offset) noexcept {
+  if (lost_ && learning_ && l1_index < l1_.size())
+    place(l1_index, offset);
+}
+
+void TableFollower::follow_again() noexcept {
+  if (!lost_ || !learning_ || lost_touched_ || l1_.size() != header_->l1.entries)
+    return;
+  lost_ = false;
+  learning_ = false;
 }
 
 void TableFollower::set_header(const Header& header) noexcept {
@@ -98,7 +126,7 @@ void TableFollower::set_l1_entry(std::uint32_t index, std::uint64_t value, bool 
     return;
   const std::uint64_t offset = l2_table_offset(value, *header_).value_or(0);
   if (index >= l1_.size())
-    l1_.resize(header_->l1.entries);
+    make_l1();
   const std::uint64_t before = l1_[index];
   if (offset == before)
     return;
@@ -124,7 +152,33 @@ void TableFollower::set_l1_entry(std::uint32_t index, std::uint64_t value, bool 
   place(index, offset);
 }
 
-/// The table of this index is at `offset`, 0 for nowhere. Throws std::bad_alloc but for 0.
+/// Allocates, if need be after others have given up theirs. Throws std::bad_alloc.
+template <typename Allocate>
+auto TableFollower::with_room(Allocate allocate) {
+  try {
+    return allocate();
+  } catch (const std::bad_alloc&) {
+    drop_checked_copies();
+  }
+  for (;;) {
+    try {
+      return allocate();
+    } catch (const std::bad_alloc&) {
+      if (!make_room_())
+        throw;
+    }
+  }
+}
+
+/// Makes room for all entries of the L1 table, here and in their order. Throws std::bad_alloc.
+void TableFollower::make_l1() {
+  with_room([this] {
+    by_offset_.reserve(header_->l1.entries);
+    l1_.resize(header_->l1.entries);
+  });
+}
+
+/// The table of this index is at `offset`, 0 for nowhere.
 void TableFollower::place(std::uint32_t index, std::uint64_t offset) {
   const auto position = [this](std::uint32_t wanted) {
     return std::partition_point(by_offset_.begin(), by_offset_.end(), [&](std::uint32_t other) {
@@ -135,7 +189,7 @@ void TableFollower::place(std::uint32_t index, std::uint64_t offset) {
     by_offset_.erase(position(index));
   l1_[index] = offset;
   if (offset != 0)
-    by_offset_.insert(position(index), index);
+    by_offset_.insert(position(index), index); // `make_l1` has made room
 }
 
 // ---- Copies of L2 tables
@@ -152,12 +206,7 @@ const TableFollower::Copy* TableFollower::copy_of(std::uint32_t index) const noe
 
 /// Throws std::bad_alloc.
 TableFollower::Copy& TableFollower::make_copy(std::uint32_t index) {
-  try {
-    return copies_.try_emplace(index, memory_).first->second;
-  } catch (const std::bad_alloc&) {
-    drop_checked_copies();
-  }
-  return copies_.try_emplace(index, memory_).first->second;
+  return *with_room([&] { return &copies_.try_emplace(index, memory_).first->second; });
 }
 
 /// Makes room for the entries of a copy that has work. Returns false when there is no memory.
@@ -165,17 +214,15 @@ bool TableFollower::allocate(Copy& copy) noexcept {
   if (!copy.entries.empty())
     return true;
   const std::size_t count = header_->l2_entries();
-  for (const bool again : {false, true}) {
-    try {
+  try {
+    with_room([&] {
       copy.unchecked.resize((count + bits - 1) / bits);
       copy.entries.resize(count);
-      return true;
-    } catch (const std::bad_alloc&) {
-      if (!again)
-        drop_checked_copies();
-    }
+    });
+    return true;
+  } catch (const std::bad_alloc&) {
+    return false;
   }
-  return false;
 }
 
 void TableFollower::drop_checked_copies() noexcept {
@@ -313,7 +360,7 @@ bool TableFollower::has_work() const noexcept {
 
 template <typename Function>
 void TableFollower::for_each_table(const ByteRange& range, Function function) const {
-  if (!header_)
+  if (!header_ || lost_)
     return;
   const std::uint64_t size = header_->cluster_size();
   auto it = std::partition_point(by_offset_.begin(), by_offset_.end(), [&](std::uint32_t index) {

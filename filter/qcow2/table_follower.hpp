@@ -11,6 +11,7 @@
 #include <memory_resource>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 namespace qcowcache::qcow2 {
@@ -36,9 +37,15 @@ public:
     std::uint64_t value = 0;
   };
 
+  /// Somebody else gives back some of the memory; returns false when nothing is left to give. Must
+  /// not throw, nor call the follower.
+  using MakeRoom = std::function<bool()>;
+
   /// The memory outlives it.
-  explicit TableFollower(std::pmr::memory_resource* memory)
-      : memory_(memory), l1_(memory), by_offset_(memory), copies_(memory) {}
+  explicit TableFollower(
+      std::pmr::memory_resource* memory, MakeRoom make_room = [] { return false; })
+      : memory_(memory), make_room_(std::move(make_room)), l1_(memory), by_offset_(memory),
+        copies_(memory) {}
 
   /// Forgets everything; there is no image.
   void clear() noexcept;
@@ -109,13 +116,19 @@ public:
   /// Whether `unchecked_from` or `stale_from` have anything, or the L1 table has to be read, or,
   /// when the tables are lost, anything was written.
   [[nodiscard]] bool has_work() const noexcept;
-  /// There was no memory to keep track of the tables: all of them have to be looked at whenever
-  /// something was written,
-  /// as said by `begin_looking_at_everything`.
+  /// There was no memory to keep track of the tables: all of them have to be looked at, as said by
+  /// `begin_looking_at_everything`, whenever something was written.
   [[nodiscard]] bool lost() const noexcept { return lost_; }
-  void begin_looking_at_everything() noexcept { lost_touched_ = false; }
+  void begin_looking_at_everything() noexcept;
+  /// This is where the table is that was looked at.
+  void looked_at_table(std::uint32_t l1_index, std::uint64_t offset) noexcept;
+  /// All was good, and nobody is about to change anything: if nobody did meanwhile, and there is
+  /// memory, the tables are followed again, and count as checked.
+  void follow_again() noexcept;
   /// Something was not good, so that all has to be looked at again.
   void look_at_everything_again() noexcept { lost_touched_ = lost_; }
+  /// Gives back the memory of tables that are checked.
+  void drop_checked_copies() noexcept;
 
 private:
   struct Copy {
@@ -145,7 +158,9 @@ private:
   [[nodiscard]] const Copy* copy_of(std::uint32_t index) const noexcept;
   Copy& make_copy(std::uint32_t index);
   bool allocate(Copy& copy) noexcept;
-  void drop_checked_copies() noexcept;
+  template <typename Allocate>
+  auto with_room(Allocate allocate);
+  void make_l1();
   static void apply(Copy& copy, std::uint32_t l2_index, std::uint64_t value) noexcept;
   void note_zeros(const ByteRange& range, bool zeros) noexcept;
   template <typename Function>
@@ -153,11 +168,14 @@ private:
   void write_tables(const ByteRange& range, const EntryAt& entry_at) noexcept;
 
   std::pmr::memory_resource* memory_;
+  MakeRoom make_room_;
   std::optional<Header> header_;
   bool l1_stale_ = false;
   bool l1_touched_ = false;
   bool lost_ = false;
   bool lost_touched_ = false;
+  /// While they are lost: the L1 table in memory is what is being looked at, so far.
+  bool learning_ = false;
   /// Offsets of the tables, 0 for none.
   std::pmr::vector<std::uint64_t> l1_;
   /// The indices of those that exist, sorted by offset, then by index.

@@ -49,7 +49,8 @@ public:
     const std::lock_guard lock(mutex_);
     return qcow2::parse_header(std::span(bytes).first(qcow2::header_bytes));
   }
-  [[nodiscard]] std::uint64_t size() const override { return bytes.size(); }
+  [[nodiscard]] std::uint64_t size() const override { return seen.value_or(bytes.size()); }
+  [[nodiscard]] std::uint64_t largest_size() const override { return bytes.size(); }
   void read(std::uint64_t offset, std::span<std::byte> data) override {
     ++reads;
     if (refuses)
@@ -65,6 +66,8 @@ public:
   std::vector<std::byte> bytes = std::vector<std::byte>(image_size);
   std::atomic<unsigned> reads = 0;
   bool refuses = false;
+  /// Of the bytes, where that is not all of them.
+  std::optional<std::uint64_t> seen;
 
 private:
   std::mutex mutex_;
@@ -615,6 +618,104 @@ TEST_CASE("what the tables of an image with unknown features mean is not guessed
   bench.publish(3, entry_of(data_at, 1000));
   CHECK(bench.check() == Outcome::clean);
   bench.write(72, number(0));
+  CHECK(bench.check() == Outcome::damaged);
+}
+
+TEST_CASE("where writes overlap nobody knows what is there", "[verifier]") {
+  Bench bench;
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  bench.publish(0, entry_of(data_at, stream.size()));
+  const std::vector<std::byte> other(100, std::byte{0xff});
+  {
+    Verifier::Change first(&bench.verifier, bench.image, {data_at, data_at + stream.size()});
+    Verifier::Change second(&bench.verifier, bench.image, {data_at + 50, data_at + 150});
+    bench.image.store(data_at, stream);
+    bench.image.store(data_at + 50, other);
+    if (GENERATE(true, false)) {
+      first.wrote(stream);
+      second.wrote(other);
+    } else {
+      second.wrote(other);
+      first.wrote(stream);
+    }
+  }
+  CHECK(bench.check() == Outcome::damaged);
+  bench.write(data_at, stream);
+  CHECK(bench.check() == Outcome::clean);
+
+  // The same with a table.
+  const auto before = number(entry_of(data_at, stream.size()));
+  const auto after = number(entry_of(data_at + 64 * cluster, stream.size()));
+  {
+    Verifier::Change first(&bench.verifier, bench.image, {l2_at + 8, l2_at + 16});
+    Verifier::Change second(&bench.verifier, bench.image, {l2_at + 8, l2_at + 16});
+    bench.image.store(l2_at + 8, after);
+    second.wrote(after);
+    first.wrote(before);
+  }
+  CHECK(bench.check() == Outcome::damaged);
+}
+
+TEST_CASE("streams of an image are none of the next one", "[verifier]") {
+  Bench bench;
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  bench.write(data_at, stream);
+  bench.write_header(Compression::zstd);
+  bench.publish(0, entry_of(data_at, stream.size()));
+  CHECK(bench.check() == Outcome::damaged);
+}
+
+TEST_CASE("clusters that a client cannot see are checked for one that can", "[verifier]") {
+  Bench bench;
+  bench.create();
+  bench.image.seen = image_size / 2;
+  bench.publish(0, entry_of(image_size - cluster, 1000));
+  CHECK(bench.check() == Outcome::clean);
+  CHECK_FALSE(bench.verifier.left().empty());
+  bench.image.seen.reset();
+  CHECK(bench.check() == Outcome::damaged);
+}
+
+TEST_CASE("a cluster past the end of the file is good when the file has grown", "[verifier]") {
+  Bench bench;
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  bench.publish(0, entry_of(image_size, stream.size()));
+  CHECK(bench.check() == Outcome::damaged);
+  bench.image.bytes.resize(image_size + 2 * cluster);
+  bench.write(image_size, stream);
+  CHECK(bench.check() == Outcome::clean);
+}
+
+TEST_CASE("when memory is back tables are followed again, and memory is given back", "[verifier]") {
+  Bench bench({}, 0);
+  bench.create();
+  std::uint64_t at = data_at;
+  const auto stream = deflated(compressible(cluster, 1));
+  for (std::uint32_t i = 0; i < 20; ++i, at += cluster) {
+    bench.write(at, stream);
+    bench.publish(i, entry_of(at, stream.size()));
+  }
+  bench.budget.set_limit(64U << 20U);
+  CHECK(bench.check() == Outcome::clean);
+  // The old entry of a table that is written to is read, and no cluster.
+  bench.image.reads = 0;
+  bench.write(at, stream);
+  bench.publish(20, entry_of(at, stream.size()));
+  CHECK(bench.check() == Outcome::clean);
+  CHECK(bench.image.reads == 1);
+  CHECK(bench.budget.used() > 0);
+  bench.publish(21, entry_of(at + cluster, 1000));
+  CHECK(bench.check() == Outcome::damaged);
+  bench.publish(21, 0);
+  CHECK(bench.check() == Outcome::clean);
+
+  bench.budget.set_limit(80000);
+  bench.verifier.shrink();
+  CHECK(bench.budget.used() <= 80000);
+  bench.publish(21, entry_of(at + cluster, 1000));
   CHECK(bench.check() == Outcome::damaged);
 }
 
