@@ -41,12 +41,12 @@ at_example ()
     ln "$work/source" "$here/disk.raw"
 }
 
-# example TITLE: the verbatim paragraphs of that section, in their order; each
-# begins with a line "#: N", its number.
+# example TITLE: the verbatim paragraphs of the section with that head, in their
+# order; each begins with a line "#: N", its number.
 example ()
 {
     awk -v title="$1" '
-        /^=head/ { inside = ($0 == "=head2 " title); next }
+        /^=head/ { inside = ($0 ~ /^=head[12] / && substr($0, 8) == title); next }
         inside && /^ / { if (!block) print "#: " ++number; block = 1; print substr($0, 2); next }
         inside && /^$/ { if (block) print ""; next }
         { block = 0 }' "$manual" >"$work/example"

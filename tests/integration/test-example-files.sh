@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The man page's examples with storage on this machine, run as they stand there:
-# files, a block device, O_DIRECT, several exports, memory that changes.  Each
-# leaves an image that is sound and holds the disk, read without the filter.
+# files, a block device, memory, O_DIRECT, several exports, memory that changes.
+# Each leaves an image that is sound and holds the disk, read without the filter.
 
 # shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
@@ -32,6 +32,19 @@ places+=(-e "s|/dev/backup/disk|$device|g")
 run_example "A block device"
 image_holds "$device" "$work/source"
 
+# As above: a root of its own may have no /dev/shm.
+at_example
+if [ "$(stat -f -c %T /dev/shm 2>/dev/null)" = tmpfs ]; then
+    shm=$(mktemp -d /dev/shm/qcowcache.XXXXXX)
+    cleanup_fn rm -rf "$shm"
+else
+    echo "no tmpfs here: a directory stands for it"
+    shm=$here
+fi
+places+=(-e "s|/dev/shm/|$shm/|g")
+run_example "A file in memory (tmpfs)"
+image_holds "$shm/disk.qcow2" "$work/source"
+
 at_example
 run_example "O_DIRECT, through qemu-nbd"
 holds disk.qcow2
@@ -51,3 +64,49 @@ holds disk.qcow2
 at_example
 run_example "A pipeline in the manner of virt-v2v"
 holds disk.qcow2
+
+# What is further down on the page starts a server and no more.
+backup () { echo "nbd+unix:///$1?socket=$here/backup.sock"; }
+
+end_backup ()
+{
+    kill "$(cat "$here/backup.pid")"
+    tail --pid="$(cat "$here/backup.pid")" -s 0.1 -f /dev/null
+}
+
+# refused EXPORT: the server has no such export, in the words of README
+refused ()
+{
+    if nbdsh -u "$(backup "$1")" -c 'h.flush()' >"$work/refused" 2>&1; then
+        fail "there is an export '$1'"
+    fi
+    grep -q "server has no export named '$1'" "$work/refused" || fail "not refused: $(cat "$work/refused")"
+}
+
+at_example
+truncate -s 64M "$here/disk.qcow2"
+run_example "One disk, one name"
+convert "$work/source" "$(backup disk)" 64k zstd
+refused ""
+refused other
+end_backup
+holds disk.qcow2
+
+at_example
+mkdir "$here/exports" "$here/collected"
+truncate -s 64M "$here/exports/disk.qcow2"
+places+=(-e "s|/var/lib/prometheus/node-exporter|$here/collected|")
+example STATISTICS | paragraph 1 | run_here
+# There is a report before anybody is served.
+wait_until 30 grep -q -s '^qcowcache_memory_limit_bytes{server="backup"} 67108864$' "$here/collected/backup.prom" ||
+    fail "no report"
+convert "$work/source" "$(backup disk.qcow2)" 64k zstd
+end_backup
+holds exports/disk.qcow2
+grep -q '^qcowcache_lost_bytes_total{server="backup",export="disk.qcow2"} 0$' "$here/collected/backup.prom" ||
+    fail "not in the last report: $(cat "$here/collected/backup.prom")"
+# What the page's queries ask for.
+example STATISTICS | paragraph 2 | grep -o 'qcowcache_[a-z_]*_total' >"$work/asked-for"
+while read -r name; do
+    grep -q "^$name{" "$here/collected/backup.prom" || fail "there is no $name"
+done <"$work/asked-for"

@@ -35,9 +35,9 @@ grep -q -F "$socket" "$manual" || fail "the man page does not name $socket"
 
 # activate USER: what systemd does. Opens the socket, waits for a client, and
 # becomes the service's command, as that user.
-mkdir "$work/images" "$work/run"
+mkdir "$work/run"
 report=/run/$(setting service RuntimeDirectory)
-places+=(-e "s|$directory|$work/images|" -e "s|$report|$work/run|")
+places+=(-e "s|$socket|$work/service.sock|g" -e "s|$directory|$work/images|" -e "s|$report|$work/run|")
 activate ()
 {
     rm -f "$work/service.sock"
@@ -80,10 +80,22 @@ if [[ $FILTER == */* ]]; then
     places+=(-e "s|--filter=$FILTER|--filter=$work/nbdkit-qcowcache-filter.so|")
 fi
 
-truncate -s 64M "$work/images/disk.qcow2"
-chown "$user" "$work/images" "$work/images/disk.qcow2" "$work/run"
+chown "$user" "$work/run"
+
+# As the page says, but for the user, who is there, and for systemd.
+title="AS A SERVICE"
+group=$(id -gn "$user")
+places+=(-e "s|-o nbdkit-qcowcache -g nbdkit-qcowcache|-o $user -g $group|" -e "s|chown nbdkit-qcowcache|chown $user|")
+places+=(-e "s|/etc/systemd/system|$work/system|")
+mkdir "$work/system"
+at_example
+cp "$units"/* "$here"
+example "$title" | paragraph 1 | grep -v -E '^(useradd|systemctl) ' | run_here
+diff -r "$units" "$work/system" || fail "not all units are installed"
+example "$title" | grep "^useradd .* $(setting service User)\$" >/dev/null ||
+    fail "the man page makes another user than the service has"
 activate "$user"
-convert "$work/source" "nbd+unix:///disk.qcow2?socket=$work/service.sock" 64k zstd
+example "$title" | paragraph 2 | run_here
 [ "$(stat -c %U "/proc/${server_pid[service]}")" = "$user" ] || fail "not as $user"
 stop_nbdkit service
 image_holds "$work/images/disk.qcow2" "$work/source"
