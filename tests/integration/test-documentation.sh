@@ -98,9 +98,10 @@ while read -r title; do
         fail "no test runs the example \"$title\""
 done <"$work/examples"
 
-# README's recipes are examples of the man page: those that a test runs.
+# README's recipes are examples of the man page: those that a test runs.  So is
+# the command further down, for which the man page has a section in its notes.
 python "$readme" "$manual" <<'END' || fail "a recipe of README is not an example of the man page"
-import re, sys
+import re, sys, textwrap
 readme, manual = (open(name, encoding="utf-8").read() for name in sys.argv[1:])
 examples = manual.split("\n=head1 EXAMPLES\n")[1].split("\n=head1 ")[0]
 examples = re.sub(r"^ ", "", examples, flags=re.MULTILINE)
@@ -109,4 +110,8 @@ recipes = re.findall(r"^```sh\n(.*?)^```$", recipes, flags=re.MULTILINE | re.DOT
 assert len(recipes) >= 2
 for recipe in recipes:
     assert recipe in examples, recipe
+notes = re.sub(r"^ ", "", manual.split("\n=head1 NOTES\n")[1], flags=re.MULTILINE)
+commands = re.findall(r"^ +nbdkit -U .*\n(?: .*\n)*", readme.split("\n## Limits\n")[1], flags=re.MULTILINE)
+assert len(commands) == 1, commands
+assert textwrap.dedent(commands[0]) in notes, commands[0]
 END
