@@ -96,7 +96,7 @@ at_example
 mkdir "$here/exports" "$here/collected"
 truncate -s 64M "$here/exports/disk.qcow2"
 places+=(-e "s|/var/lib/prometheus/node-exporter|$here/collected|")
-example STATISTICS | paragraph 1 | run_here
+example "STATISTICS" | paragraph 1 | run_here
 # There is a report before anybody is served.
 wait_until 30 grep -q -s '^qcowcache_memory_limit_bytes{server="backup"} 67108864$' "$here/collected/backup.prom" ||
     fail "no report"
@@ -106,7 +106,7 @@ holds exports/disk.qcow2
 grep -q '^qcowcache_lost_bytes_total{server="backup",export="disk.qcow2"} 0$' "$here/collected/backup.prom" ||
     fail "not in the last report: $(cat "$here/collected/backup.prom")"
 # What the page's queries ask for.
-example STATISTICS | paragraph 2 | grep -o 'qcowcache_[a-z_]*_total' >"$work/asked-for"
+example "STATISTICS" | paragraph 2 | grep -o 'qcowcache_[a-z_]*_total' >"$work/asked-for"
 while read -r name; do
     grep -q "^$name{" "$here/collected/backup.prom" || fail "there is no $name"
 done <"$work/asked-for"
