@@ -112,6 +112,8 @@ for type in zlib zstd; do
         start server "$target"
         nbdcopy --connections="$connections" --flush "$work/good.qcow2" "$(uri server)"
         stop_clean server "raw copy"
+        # Nothing that goes by is a cluster of its own here, so all of them are read.
+        [ "$(reads_of_data "$work/good.qcow2" "$work/server.log")" -gt 0 ] || fail "nothing was read to be checked"
         image_holds "$target" "$work/source"
     done
 done

@@ -10,6 +10,7 @@
 #include <future>
 #include <latch>
 #include <random>
+#include <semaphore>
 #include <thread>
 
 using namespace qcowcache;
@@ -422,6 +423,93 @@ TEST_CASE("a flush waits for what others are writing, and takes over what they a
   bench.cache->flush(bench.storage);
   std::ranges::copy(newer, expected.begin() + 50);
   CHECK(bench.on_disk(unit, unit) == expected);
+}
+
+TEST_CASE("partial units of one flush are stored at the same time", "[write_cache]") {
+  std::counting_semaphore<> woken(0);
+  WriteCache::Settings settings;
+  settings.wake_writer = [&](std::size_t /*waiting*/) { woken.release(); };
+  Bench bench(MemoryStorage::everything(disk_size), plenty, std::move(settings));
+  bench.with_header();
+  constexpr unsigned units = 4;
+  for (unsigned i = 0; i < units; ++i)
+    bench.write(2 * i * unit + unit, pattern(100, i));
+  // Nobody gets out of storage before two are in it.
+  std::latch two(2);
+  std::atomic<unsigned> arrived = 0;
+  bench.storage.before = [&](const MemoryStorage::Call& call) {
+    if (call.kind == Kind::write && arrived.fetch_add(1) < 2)
+      two.arrive_and_wait();
+  };
+  const auto write = [&] {
+    woken.acquire();
+    while (bench.cache->write_next(bench.storage)) {
+    }
+  };
+  WatchedThread first_writer(write);
+  WatchedThread second_writer(write);
+  WatchedThread flush([&] { bench.cache->flush(bench.storage); });
+  const bool together = flush.ends();
+  CHECK(together);
+  if (!together)
+    two.count_down();
+  woken.release(2); // for a writer that nobody has called
+  REQUIRE(first_writer.ends());
+  REQUIRE(second_writer.ends());
+  REQUIRE(flush.ends());
+  for (unsigned i = 0; i < units; ++i)
+    CHECK(bench.on_disk(2 * i * unit + unit, 100) == pattern(100, i));
+}
+
+TEST_CASE("a flush does not wait for a newer unit that others are writing", "[write_cache]") {
+  WriteCache::Settings settings;
+  settings.wake_writer = [](std::size_t /*waiting*/) {}; // the test decides when one writes
+  Bench bench(MemoryStorage::everything(disk_size), plenty, std::move(settings));
+  bench.with_header();
+  constexpr std::uint64_t older = unit;
+  constexpr std::uint64_t newer = 3 * unit;
+  std::latch flushing(1);
+  std::latch writing(1);
+  std::latch go_on_flushing(1);
+  std::latch go_on_writing(1);
+  bench.storage.before = [&](const MemoryStorage::Call& call) {
+    if (call.kind != Kind::write)
+      return;
+    const bool of_flush = call.range.begin < newer;
+    (of_flush ? flushing : writing).count_down();
+    (of_flush ? go_on_flushing : go_on_writing).wait();
+  };
+  bench.write(older, pattern(100, 1));
+  WatchedThread flush([&] { bench.cache->flush(bench.storage); });
+  flushing.wait();
+  bench.write(newer, pattern(unit, 2));
+  WatchedThread writer([&] { (void)bench.cache->write_next(bench.storage); });
+  writing.wait();
+  go_on_flushing.count_down();
+  CHECK(flush.ends());
+  CHECK(bench.storage.calls(Kind::flush).size() == 1);
+  go_on_writing.count_down();
+  REQUIRE(writer.ends());
+  REQUIRE(flush.ends());
+}
+
+TEST_CASE("a flush ends although a client begins a new unit whenever one is stored",
+          "[write_cache]") {
+  WriteCache::Settings settings;
+  settings.wake_writer = [](std::size_t /*waiting*/) {}; // nobody but the flush writes
+  Bench bench(MemoryStorage::everything(disk_size), plenty, std::move(settings));
+  bench.with_header();
+  const std::size_t size = GENERATE(std::size_t{100}, std::size_t{unit});
+  std::uint64_t next = 5;
+  bench.storage.before = [&](const MemoryStorage::Call& call) {
+    if (call.kind == Kind::write && next < disk_size / unit)
+      bench.write(next++ * unit, pattern(size, 2));
+  };
+  bench.write(unit, pattern(100, 1));
+  bench.write(3 * unit, pattern(100, 1));
+  bench.cache->flush(bench.storage);
+  CHECK(bench.storage.calls(Kind::write).size() == 2);
+  CHECK(bench.cache->unsaved().bytes == 2 * size);
 }
 
 TEST_CASE("a unit that is refused while it is written to anew keeps both", "[write_cache]") {
