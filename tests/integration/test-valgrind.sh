@@ -3,6 +3,7 @@
 # not there any more, and all memory is given back.  Several clients send requests
 # of every kind, over storage that refuses some and with background writers or
 # without; some of the clients die, and bytes that storage never took are left.
+# An image is converted, and a cluster of it damaged, while everything is checked.
 
 # shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
@@ -90,3 +91,40 @@ for arguments in "file qcowcache-writers=2" "file qcowcache-writers=0 qcowcache-
     grep -q 'qcowcache.*lost' "$work/server.err" || fail "nothing was left: $(cat "$work/server.err")"
     echo "$arguments: ok"
 done
+
+make_tar_image "$work/source" 1M
+fresh_file "$work/disk" 10M
+rm -f "$work/full"
+start_nbdkit server --filter="$FILTER" --filter=error file "$work/disk" \
+    qcowcache-verify=error qcowcache-readback=true \
+    error-pread=EIO error-pread-rate=5% error-pread-file="$work/unreadable" \
+    error-pwrite=ENOSPC error-pwrite-rate=100% error-pwrite-file="$work/full"
+for type in zlib zstd; do
+    convert "$work/source" "$(uri server)" 64k "$type" -W
+done
+! grep qcowcache "$work/server.err" || fail "an alarm for a good image"
+python "$work/server.sock" <<'END'
+import nbd, struct, sys
+client = nbd.NBD()
+client.connect_unix(sys.argv[1])
+l1, = struct.unpack(">Q", client.pread(8, 40))
+l2 = struct.unpack(">Q", client.pread(8, l1))[0] & 0x00fffffffffffe00
+entries = struct.unpack(">16Q", client.pread(128, l2))
+index, entry = next((i, entry) for i, entry in enumerate(entries) if entry >> 62 & 1)
+client.pwrite(bytes(8), l2 + 8 * index)
+client.flush()
+client.pwrite(b"\xff" * 300, entry & (1 << 54) - 1)
+client.pwrite(struct.pack(">Q", entry), l2 + 8 * index)
+try:
+    client.flush()
+except nbd.Error:
+    client.shutdown()
+else:
+    raise SystemExit("a damaged cluster is not refused")
+END
+touch "$work/unreadable"
+clients "$work/full"
+stop_nbdkit server
+grep -q 'cannot be read: ' "$work/server.err" || fail "the damaged cluster is not reported"
+grep -q 'qcowcache.*lost' "$work/server.err" || fail "nothing was left: $(cat "$work/server.err")"
+echo "checked: ok"
