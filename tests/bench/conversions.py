@@ -69,7 +69,7 @@ def chain(settings, storage, contender, disk, log_below=None, log_above=None):
     """nbdkit's arguments for a contender over storage."""
     above, parameters = FILTERS[contender]
     below, plugin = STORAGES[storage]
-    if contender == "filter":
+    if "FILTER" in above:
         parameters = (*parameters, *settings.parameters)
     filters = [settings.filter if name == "FILTER" else name for name in above]
     if log_below:

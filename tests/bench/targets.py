@@ -6,7 +6,7 @@ A figure is missed when the whole 95 % interval lies beyond it, and open when on
 import operator
 from typing import NamedTuple
 
-from cells import Cell
+from cells import CHECKS, Cell
 from extras import MEMORY_SIZES
 from intervals import Interval, interval_of, ratios
 
@@ -51,6 +51,8 @@ def _all(results):
     for cell in results.cells():
         if cell.storage == "file":
             yield ratio(cell, "filter", "none", "<=", 1.02)
+        for check in CHECKS:
+            yield ratio(cell, check, "filter", "<=", 1.25)
     tar = Cell("file", "tar")
     yield ratio(tar, "filter", "none", "<=", 1.15, "processor_ns", "nbdkit's processor time")
 
