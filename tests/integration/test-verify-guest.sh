@@ -2,7 +2,7 @@
 # Guests that write compressed and other clusters, discard, zero, take
 # snapshots and resize are not disturbed by qcowcache-verify=error.
 #
-# LONG=1: ten minutes of random activity instead of some seconds.
+# LONG=1: ten minutes and more of random activity instead of some seconds.
 
 # shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
@@ -10,7 +10,7 @@ set -e
 
 target=$work/target.qcow2
 steps=400
-[ "${LONG:-}" != 1 ] || steps=60000
+[ "${LONG:-}" != 1 ] || steps=150000
 
 # activity SEED STEPS: qemu-io commands, and what they leave behind in $work/expected
 activity ()
