@@ -82,7 +82,28 @@ def request_seeds():
         yield name, storage + script
 
 
-SEEDS = {"decompressor": decompressor_seeds, "header": header_seeds, "requests": request_seeds}
+def verifier_seeds():
+    # cluster size, background, memory, header
+    images = {
+        "deflate": bytes([0, 0, 0, 0]),
+        "zstd": bytes([1, 0, 0, 1]),
+        "background": bytes([0, 1, 5, 0]),
+        "extended": bytes([3, 0, 3, 2]),
+        "no-memory": bytes([0, 0, 1, 4]),
+        "little": bytes([0, 1, 2, 0]),
+    }
+    for name, image in images.items():
+        dice = random.Random(name)
+        # A table, and what QEMU does: streams, their entries, and now and then a check.
+        script = bytes([1, 0, 0])
+        for _ in range(30):
+            kind = dice.choice([2, 3, 2, 3, 2, 3, 1, 5, 6, 10, 10, dice.randrange(16)])
+            script += bytes([kind]) + dice.randbytes({3: 3, 2: 5, 1: 2, 6: 2, 10: 0}.get(kind, 4))
+        yield name, image + script
+
+
+SEEDS = {"decompressor": decompressor_seeds, "header": header_seeds, "requests": request_seeds,
+         "verifier": verifier_seeds}
 
 
 def main():

@@ -20,6 +20,7 @@ public:
 void decompressor(std::span<const std::byte> input);
 void header(std::span<const std::byte> input);
 void requests(std::span<const std::byte> input);
+void verifier(std::span<const std::byte> input);
 
 struct Target {
   /// Of its corpus, too: fuzz/corpus/NAME.
@@ -31,6 +32,7 @@ inline constexpr std::array targets{
     Target{"decompressor", decompressor},
     Target{"header", header},
     Target{"requests", requests},
+    Target{"verifier", verifier},
 };
 
 } // namespace fuzz
