@@ -7,6 +7,10 @@
 # corrupt, at about 60 of these points of each conversion, evenly spread (2000
 # with LONG=1).  Clusters may be leaked: qcow2 allows itself that.
 #
+# The bytes are looked at in each of these states.  qemu-img check takes longer: it
+# sees a sample of the flushes, some 60 images of a conversion, and every flush
+# only with LONG=1.
+#
 # qemu-img convert makes an image and fills it, and flushes nothing before the
 # image is made, so half an image may be left without the filter, too.  Here the
 # image is made before.  From then on qemu keeps an order by flushes that leaves
@@ -14,7 +18,7 @@
 # filter that can be seen with PLAIN=1.
 #
 #   SEED=N    tear the same writes again (each run prints its seed)
-#   LONG=1    larger sources, more images checked
+#   LONG=1    larger sources, and qemu-img check at every flush
 #   PLAIN=1   without the filter: what storage alone, and qemu, are good for
 
 # shellcheck source-path=SCRIPTDIR source=functions.sh
