@@ -7,10 +7,6 @@
 # corrupt, at about 60 of these points of each conversion, evenly spread (2000
 # with LONG=1).  Clusters may be leaked: qcow2 allows itself that.
 #
-# The bytes are looked at in each of these states.  qemu-img check takes longer: it
-# sees a sample of the flushes, some 60 images of a conversion, and every flush
-# only with LONG=1.
-#
 # qemu-img convert makes an image and fills it, and flushes nothing before the
 # image is made, so half an image may be left without the filter, too.  Here the
 # image is made before.  From then on qemu keeps an order by flushes that leaves
