@@ -63,6 +63,7 @@ END
         extentlist) echo "0 $image_bytes" >"$work/extents" ;;
         bzip2) "$PYTHON" -c 'import bz2, sys; sys.stdout.buffer.write(bz2.compress(sys.stdin.buffer.read()))' \
             <"$work/source" >"$target" ;;
+        lzip) make_lzip <"$work/source" >"$target" ;;
         gzip | xz) "$1" -c "$work/source" >"$target" ;;
         qcow2dec) cp --sparse=always "$work/image" "$target" ;;
     esac
@@ -196,6 +197,20 @@ make_luks ()
     rm -f "$1"
     qemu-img create -q -f luks --object secret,id=key,data=secret \
         -o key-secret=key,iter-time=10 "$1" "$image_bytes" 2>/dev/null
+}
+
+# make_lzip: standard input as a file of lzip's: one stream of LZMA between a head and a tail
+make_lzip ()
+{
+    "$PYTHON" -c '
+import lzma, struct, sys, zlib
+data = sys.stdin.buffer.read()
+lzma1 = {"id": lzma.FILTER_LZMA1, "dict_size": 1 << 20}
+# The older format has a head of 13 bytes, and ends with a mark as lzip does.
+stream = lzma.compress(data, format=lzma.FORMAT_ALONE, filters=[lzma1])[13:]
+head = b"LZIP" + bytes([1, 20])
+tail = struct.pack("<IQQ", zlib.crc32(data), len(data), len(head) + len(stream) + 20)
+sys.stdout.buffer.write(head + stream + tail)'
 }
 
 # every_other_line PART: the cells of half of the table, in a directory of their own.
