@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Clients choose the names of exports, as long and as many as they like: nothing
-# is kept for a name that nobody uses any more.
+# is kept for a name that nobody uses any more, and for names whose compressed
+# clusters cannot be read there is a limit.
 
 # shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
@@ -11,28 +12,57 @@ fresh_file "$work/disk" 1M
 write_header "$work/disk" 16
 start_nbdkit names --filter="$FILTER" file "$work/disk" qcowcache-size=4M
 
-# visit FIRST LAST: one client after the other, each with a name of its own
+# visit FIRST LAST: one client after the other, each with a name of its own; it
+# writes some bytes, and the entry of a compressed cluster that nobody has written
 visit ()
 {
     python "$work/names.sock" "$@" <<'END'
-import nbd, sys
+import nbd, struct, sys
 for number in range(int(sys.argv[2]), int(sys.argv[3])):
     client = nbd.NBD()
     client.set_export_name(f"{number:04d}" * 1023)
     client.connect_unix(sys.argv[1])
-    client.pwrite(b"here", 65536 + number * 5)
+    client.pwrite(b"here", 4 * 65536 + number * 5)
+    client.pwrite(struct.pack(">Q", 1 << 62 | 8 * 65536 + number), 2 * 65536)
     client.shutdown()
 END
 }
 
 resident () { awk '$1 == "VmRSS:" { print $2 }' "/proc/${server_pid[names]}/status"; }
 
-# What is kept for reports is kept for a limited number of names.
-visit 0 1100
-before=$(resident)
-visit 1100 2600
-after=$(resident)
-echo "resident: $before KiB, and $after KiB after 1500 names more"
-# The names alone are 6 MB.
-[ $((after - before)) -lt 3072 ] || fail "memory grows with the number of names"
+# stays_small FIRST MIDDLE LAST: what is kept, is kept for a limited number of names
+stays_small ()
+{
+    local before after
+    visit "$1" "$2"
+    before=$(resident)
+    visit "$2" "$3"
+    after=$(resident)
+    echo "resident: $before KiB, and $after KiB after $(($3 - $2)) names more"
+    # The names alone are 4 KB each.
+    [ $((after - before)) -lt $((($3 - $2) * 2)) ] || fail "memory grows with the number of names"
+}
+
+# Reports are for the first 1000 names.
+stays_small 0 1100 2600
 stop_nbdkit names
+
+# An L1 table with one entry, and the L2 table that it names.
+python "$work/disk" <<'END'
+import struct, sys
+with open(sys.argv[1], "r+b") as file:
+    for offset, field in ((24, struct.pack(">Q", 1 << 29)), (36, struct.pack(">IQ", 1, 65536)),
+                          (65536, struct.pack(">Q", 1 << 63 | 2 * 65536))):
+        file.seek(offset)
+        file.write(field)
+END
+# One request at a time, or each client would wait for data that may be late.
+start_nbdkit names --filter="$FILTER" --filter=noparallel file "$work/disk" qcowcache-size=4M \
+    qcowcache-verify=error qcowcache-readback=true
+stays_small 2600 3700 4700
+stop_nbdkit names
+# Each is told of, and that not all of them are known by name any more.
+[ "$(grep -c 'host offset .* never written' "$work/names.err")" -eq 2100 ] ||
+    fail "not one message for each cluster that cannot be read"
+[ "$(grep -c 'too many exports' "$work/names.err")" -eq 1 ] ||
+    fail "nobody says that exports are no longer known by name"

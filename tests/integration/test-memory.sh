@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Peak resident memory of nbdkit is that of the same work without the filter,
-# qcowcache-size, and not much more.
+# qcowcache-size, and not much more; that holds for checks, too.
 
 # shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
@@ -91,5 +91,13 @@ for work_done in conversion scattered pieces; do
         "$work_done" filtered --filter="$FILTER" file "$work/target" qcowcache-size="${size}M"
         compare "$work_done" "$size" "$peak" "$without"
     done
+done
+
+conversion plain file "$work/target"
+without=$peak
+for size in 16 64; do
+    conversion filtered --filter="$FILTER" file "$work/target" qcowcache-size="${size}M" \
+        qcowcache-verify=error qcowcache-readback=true
+    compare "conversion with verify and readback" "$size" "$peak" "$without"
 done
 [ "$missed" -eq 0 ] || fail "$missed figures are missed"
