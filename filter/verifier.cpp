@@ -75,13 +75,12 @@ void Verifier::Change::begin(Image& image, const ByteRange& range) noexcept {
   }
 }
 
-void Verifier::Change::end_unknown() noexcept {
-  if (unnoted_) {
-    verifier_->give_up(); // a check may have come to an end since it began
-    return;
-  }
+void Verifier::Change::end_unless_told() noexcept {
   try {
-    verifier_->end_changed(*entry_);
+    if (entry_)
+      verifier_->end_changed(*entry_);
+    else if (unnoted_)
+      verifier_->give_up(); // a check may have come to its end since this began
   } catch (const std::exception&) {
     verifier_->give_up();
   }

@@ -137,8 +137,8 @@ public:
     Change& operator=(const Change&) = delete;
     /// Unless one of the two below was called, nobody knows what is in the range now.
     ~Change() {
-      if (entry_ || unnoted_)
-        end_unknown();
+      if (verifier_ != nullptr)
+        end_unless_told();
     }
 
     /// The range has this content.
@@ -151,7 +151,7 @@ public:
 
   private:
     void begin(Image& image, const ByteRange& range) noexcept;
-    void end_unknown() noexcept;
+    void end_unless_told() noexcept;
     void end_written(std::span<const std::byte> data) noexcept;
 
     Verifier* verifier_;
