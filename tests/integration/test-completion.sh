@@ -62,9 +62,9 @@ os.waitpid(child, 0)
 END
 }
 
-for typed in 'nbdkit --filter qco' 'nbdkit --filter=qco'; do
+for typed in 'nbdkit --filter qcowc' 'nbdkit --filter=qcowc'; do
     line=$(completed "$typed")
-    [ "$line" = "${typed}wcache" ] || fail "\"$typed\" and a tab make \"$line\""
+    [ "$line" = "${typed}ache" ] || fail "\"$typed\" and a tab make \"$line\""
 done
 
 # And it is the directory that is looked at.

@@ -12,7 +12,7 @@ export work
 
 # What is counted of NAME's last run: requests that failed, and how often they were tried again.
 failures () { grep -c 'error: injecting EIO error into' "$work/$1.said" || :; }
-retries () { grep -c 'waiting 1 seconds before retrying' "$work/$1.said" || :; }
+retries () { grep -c 'debug: retry [0-9]*: waiting' "$work/$1.said" || :; }
 from_stats () { jq ".total.$2" "$work/$1.json"; }
 
 # converts NAME FILTER... PARAMETER...: a conversion through that stack, again and
