@@ -335,7 +335,10 @@ int filter_pread(nbdkit_next* /*next*/, void* handle, void* buffer, std::uint32_
                  std::uint64_t offset, std::uint32_t /*flags*/, int* err) {
   return serve("read", err, [&] {
     const Connection::InUse in_use = connection_of(handle).in_use();
-    in_use.cache.read(in_use.use.storage(), offset, {static_cast<std::byte*>(buffer), count});
+    const std::span data{static_cast<std::byte*>(buffer), count};
+    in_use.cache.read(in_use.use.storage(), offset, data);
+    if (in_use.verifier != nullptr)
+      in_use.verifier->client_read([&] { return in_use.cache.header(); }, offset, data);
   });
 }
 

@@ -191,7 +191,37 @@ void Verifier::forget(const ByteRange& range) noexcept {
   header_stale_ = header_stale_ || range.begin < qcow2::header_bytes;
   tables_.changed(range);
   tables_changed_ = true;
+  early_range_ = {};
   changed_.notify_all();
+}
+
+void Verifier::client_read(const std::function<std::optional<Header>()>& header,
+                           std::uint64_t offset, std::span<const std::byte> data) noexcept {
+  const auto too_late = [this] {
+    const Lock lock(mutex_);
+    return opened_ || opening_;
+  };
+  if (too_late())
+    return;
+  try {
+    const std::optional<Header> known = header();
+    if (!known)
+      return;
+    const ByteRange l1{known->l1.offset,
+                       known->l1.offset + std::uint64_t{known->l1.entries} * qcow2::l1_entry_size};
+    if (l1.empty() || l1.size() > worth_reading_over ||
+        !ByteRange{offset, offset + data.size()}.contains(l1))
+      return;
+    const std::span<const std::byte> table = data.subspan(l1.begin - offset, l1.size());
+    std::vector<std::byte> copy(table.begin(), table.end());
+    const Lock lock(mutex_);
+    if (opened_ || opening_)
+      return; // somebody may have changed it since it was read
+    early_range_ = l1;
+    early_ = std::move(copy);
+  } catch (const std::exception&) {
+    // It will be read.
+  }
 }
 
 void Verifier::shrink() noexcept {
@@ -263,8 +293,12 @@ void Verifier::open(Lock& lock, Image& image) {
       const ByteRange l1 = tables_.l1_range();
       std::vector<std::byte> bytes;
       for (ByteRange rest = l1; !rest.empty();) {
-        bytes.resize(std::min(rest.size(), worth_reading_over));
-        read_table(lock, image, rest.begin, bytes);
+        if (early_range_ == l1) {
+          bytes = early_;
+        } else {
+          bytes.resize(std::min(rest.size(), worth_reading_over));
+          read_table(lock, image, rest.begin, bytes);
+        }
         tables_.l1_entries(
             static_cast<std::uint32_t>((rest.begin - l1.begin) / qcow2::l1_entry_size), bytes,
             !settings_.left.more);
@@ -285,6 +319,8 @@ void Verifier::open(Lock& lock, Image& image) {
   }
   opening_ = false;
   opened_ = true;
+  early_range_ = {};
+  early_ = {};
   changed_.notify_all();
 }
 

@@ -173,6 +173,11 @@ public:
   [[nodiscard]] bool has_work() const;
   /// Others changed the range.
   void forget(const ByteRange& range) noexcept;
+  /// A client has read `data` at `offset`. Who opens an image reads its L1 table before anything is
+  /// changed; then it need not be read once more. `header` says what is known of the image's, and
+  /// is called when this could be the table.
+  void client_read(const std::function<std::optional<qcow2::Header>()>& header,
+                   std::uint64_t offset, std::span<const std::byte> data) noexcept;
 
   /// Decodes what has waited longest. Returns whether there was something.
   bool decode_one();
@@ -275,6 +280,9 @@ private:
   qcow2::TableFollower tables_;
   bool opened_ = false;
   bool opening_ = false;
+  /// The L1 table as a client has read it before anything was changed, and where it is.
+  ByteRange early_range_;
+  std::vector<std::byte> early_;
   bool header_stale_ = false;
   /// Something that a check follows was changed since its round began.
   bool tables_changed_ = false;

@@ -305,6 +305,55 @@ TEST_CASE("damage that the image had before is nobody's news", "[verifier]") {
   CHECK(bench.reported.empty());
 }
 
+TEST_CASE("an L1 table that a client has read is not read once more", "[verifier]") {
+  // Made by an earlier connection, with damage that is nobody's news.
+  Bench made;
+  made.create();
+  made.publish(7, entry_of(data_at, 300));
+  Bench bench;
+  bench.image.bytes = made.image.bytes;
+  const auto header = [&] { return bench.image.header(); };
+  const auto read = [&](std::uint64_t offset, std::size_t size) {
+    const auto begin = bench.image.bytes.begin() + static_cast<std::ptrdiff_t>(offset);
+    bench.verifier.client_read(header, offset, std::vector(begin, begin + std::ptrdiff_t(size)));
+  };
+  unsigned reads = 0;
+  SECTION("alone") {
+    read(l1_at, 64);
+  }
+  SECTION("within more") {
+    read(l1_at - 100, 4000);
+  }
+  SECTION("not all of it") {
+    read(l1_at, 56);
+    reads = 1;
+  }
+  SECTION("and others have written since") {
+    read(l1_at, 64);
+    bench.verifier.forget({l1_at, l1_at + 8});
+    reads = 1;
+  }
+  SECTION("for another image") {
+    read(l1_at, 64);
+    bench.image.store(40, number(6 * cluster));
+    bench.image.store(6 * cluster, number(std::uint64_t{1} << 63U | l2_at));
+    reads = 1;
+  }
+  const auto data = pattern(1000, 1);
+  bench.write(data_at + cluster, data);
+  CHECK(bench.image.reads == reads);
+  CHECK(bench.check() == Outcome::clean);
+  // What is new is found where the table says, and what was there before is not new.
+  bench.publish(8, entry_of(data_at + cluster, 1000));
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench.verifier.failing() == 1);
+
+  // From the first change on the file is followed, and what clients read is of no interest.
+  bench.image.store(l1_at, number(0));
+  read(l1_at, 64);
+  CHECK(bench.check() == Outcome::damaged);
+}
+
 TEST_CASE("many failures make a few lines and a count", "[verifier]") {
   Bench bench;
   bench.create();
