@@ -242,6 +242,8 @@ void Verifier::forget_streams(const Lock& /*lock*/) noexcept {
   streams_.clear();
   for (Job& job : jobs_)
     job.outdated = true;
+  for (auto& [place, failure] : failures_)
+    failure.touched = true; // no verdict of another codec's decoder
 }
 
 /// Remembered streams in the range are no longer what they were.
