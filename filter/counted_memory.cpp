@@ -17,6 +17,10 @@ std::size_t CountedMemory::granted() const noexcept {
   return grants_.size() * (grant - page_size);
 }
 
+bool CountedMemory::could_have(std::size_t bytes) const {
+  return bytes + overhead <= budget_.limit() / share_ / grant * (grant - page_size);
+}
+
 void* CountedMemory::do_allocate(std::size_t bytes, std::size_t alignment) {
   const std::size_t most = budget_.limit() / share_;
   while (used_ + bytes + overhead > granted()) {

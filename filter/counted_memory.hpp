@@ -25,6 +25,9 @@ public:
   /// Whether more is held than may be, since the budget has become smaller.
   [[nodiscard]] bool too_much() const { return grants_.size() * grant > budget_.limit() / share_; }
 
+  /// Whether so many bytes could be handed out at once, if nothing else were.
+  [[nodiscard]] bool could_have(std::size_t bytes) const;
+
 private:
   /// The budget is asked for so many bytes at a time.
   static constexpr std::size_t grant = std::size_t{4} * 4096;

@@ -265,11 +265,14 @@ Exports::Membership Exports::attach(const std::string& name,
                                     const std::shared_ptr<Handle>& handle) {
   const std::lock_guard lock(mutex_);
   auto found = exports_.find(name);
-  if (found == exports_.end())
+  if (found == exports_.end()) {
+    // Storage that does not share its cache may have been another disk.
+    const bool look_at_everything = forgotten_ && handle->capabilities().can_multi_conn;
     found = exports_
                 .emplace(name, std::make_shared<Export>(name, settings_, budget_,
-                                                        Verifier::Left{{}, forgotten_}))
+                                                        Verifier::Left{{}, look_at_everything}))
                 .first;
+  }
   Membership membership{found->second, found->second->attach(handle), nullptr};
   membership.verifier = membership.of->verifier_of(membership.cache.get());
   return membership;

@@ -60,7 +60,9 @@ private:
 
 Verifier::Verifier(Settings settings, MemoryBudget& budget)
     : settings_(std::move(settings)), memory_(budget, share_of_budget), streams_(&memory_),
-      tables_(&memory_, [this] { return streams_.drop_lowest(); }) {}
+      tables_(&memory_, [this](std::size_t bytes) {
+        return memory_.could_have(bytes) && streams_.drop_lowest();
+      }) {}
 
 Verifier::~Verifier() = default;
 
@@ -192,6 +194,7 @@ void Verifier::forget(const ByteRange& range) noexcept {
   tables_.changed(range);
   tables_changed_ = true;
   early_range_ = {};
+  others_change_ = true;
   changed_.notify_all();
 }
 
@@ -215,7 +218,7 @@ void Verifier::client_read(const std::function<std::optional<Header>()>& header,
     const std::span<const std::byte> table = data.subspan(l1.begin - offset, l1.size());
     std::vector<std::byte> copy(table.begin(), table.end());
     const Lock lock(mutex_);
-    if (opened_ || opening_)
+    if (opened_ || opening_ || others_change_)
       return; // somebody may have changed it since it was read
     early_range_ = l1;
     early_ = std::move(copy);
@@ -341,6 +344,11 @@ void Verifier::take_over_failing(Lock& lock, Image& image) {
   }
 }
 
+bool Verifier::being_changed(const Lock& /*lock*/, const ByteRange& range) const {
+  return std::ranges::any_of(in_progress_,
+                             [&](const Progress& each) { return each.range.overlaps(range); });
+}
+
 /// Reads the tables that the range is going to change, unless they are in memory.
 void Verifier::keep_old_tables(Lock& lock, Image& image, const ByteRange& range) {
   std::set<std::uint32_t> read;
@@ -348,9 +356,11 @@ void Verifier::keep_old_tables(Lock& lock, Image& image, const ByteRange& range)
     const std::uint64_t offset = tables_.table_offset(*index);
     if (being_kept_.contains(*index)) {
       changed_.wait(lock);
-    } else if (!read.insert(*index).second) {
-      // There is no memory for it, or not for it and the others. So all of its entries are new:
-      // whoever comes next must not take for old what may have changed by then.
+    } else if (!read.insert(*index).second ||
+               being_changed(lock, {offset, offset + tables_.header()->cluster_size()})) {
+      // There is no memory for it, or not for it and the others, or it was dropped while somebody
+      // is changing it. So all of its entries are new: nobody must take for old what may have
+      // changed by now.
       tables_.changed({offset, offset + 1});
     } else {
       std::vector<std::byte> table(tables_.header()->cluster_size());
@@ -475,12 +485,17 @@ Verifier::Outcome Verifier::check(Image& image) {
   } while (wait_for_late(lock, deadline));
   cut_off_ = false;
   settle_and_report(lock);
+  if (unread_) {
+    cut_off_ = true;
+    std::rethrow_exception(std::exchange(unread_, nullptr));
+  }
   return failures_.empty() && more_failures_ == 0 ? Outcome::clean : Outcome::damaged;
 }
 
 void Verifier::look(Lock& lock, Image& image) {
   ++round_;
   more_failures_ = 0;
+  unread_ = nullptr;
   left_out_ = false;
   tables_changed_ = false;
   refresh_header(lock, image);
@@ -653,7 +668,15 @@ std::size_t Verifier::look_at(Lock& lock, Image& image, std::span<const Entry> e
       end = std::max(end, behind->data.end);
       ++behind;
     }
-    failed += read_and_decode(lock, image, std::span(first, behind));
+    const std::span group(first, behind);
+    try {
+      failed += read_and_decode(lock, image, group);
+    } catch (const std::system_error&) {
+      // The others are looked at all the same.
+      if (!unread_)
+        unread_ = std::current_exception();
+      failed += group.size();
+    }
     first = behind;
   }
   return failed;
@@ -755,12 +778,8 @@ bool Verifier::wait_for_late(Lock& lock, std::chrono::steady_clock::time_point d
     bool touched = tables_changed_;
     bool in_progress = false;
     for (const auto& [place, failure] : failures_) {
-      const ByteRange& data = failure.data;
       touched = touched || (!failure.settled && failure.touched);
-      in_progress = in_progress || (!failure.settled &&
-                                    std::ranges::any_of(in_progress_, [&](const Progress& change) {
-                                      return change.range.overlaps(data);
-                                    }));
+      in_progress = in_progress || (!failure.settled && being_changed(lock, failure.data));
     }
     const bool late = std::chrono::steady_clock::now() >= deadline;
     if (in_progress)

@@ -14,6 +14,7 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <list>
 #include <map>
@@ -167,7 +168,7 @@ public:
   ~Verifier();
 
   /// Checks what became reachable by changes that have been made before the call. Throws
-  /// std::system_error when the image cannot be read; the next check then does the rest.
+  /// std::system_error when some of the image cannot be read; the next check then does the rest.
   Outcome check(Image& image);
   /// Whether a check has anything to do, or would fail.
   [[nodiscard]] bool has_work() const;
@@ -255,6 +256,7 @@ private:
   void decode(Lock& lock, Jobs::iterator job, std::span<const std::byte> data);
   void finish_decoding();
 
+  [[nodiscard]] bool being_changed(const Lock&, const ByteRange& range) const;
   void look(Lock& lock, Image& image);
   void refresh_header(Lock& lock, Image& image);
   void refresh_l1(Lock& lock, Image& image);
@@ -283,6 +285,8 @@ private:
   /// The L1 table as a client has read it before anything was changed, and where it is.
   ByteRange early_range_;
   std::vector<std::byte> early_;
+  /// There are other caches of the file, whose clients change it.
+  bool others_change_ = false;
   bool header_stale_ = false;
   /// Something that a check follows was changed since its round began.
   bool tables_changed_ = false;
@@ -300,6 +304,8 @@ private:
   std::size_t more_failures_ = 0;
   /// How many of those the operator was told of.
   std::size_t more_reported_ = 0;
+  /// Why clusters could not be read from storage in the last round, the first of them.
+  std::exception_ptr unread_;
   /// The last check threw.
   bool cut_off_ = false;
   /// It did not look at clusters that lie behind what its image could read.

@@ -43,8 +43,7 @@ void TableFollower::clear() noexcept {
 }
 
 void TableFollower::lose() noexcept {
-  l1_.clear();
-  by_offset_.clear();
+  free_l1();
   copies_.clear();
   zeros_.clear();
   l1_stale_ = false;
@@ -62,7 +61,7 @@ void TableFollower::begin_looking_at_everything() noexcept {
     make_l1();
     learning_ = true;
   } catch (const std::bad_alloc&) {
-    l1_.clear(); // it goes without, as before
+    free_l1(); // it goes without, as before
   }
 }
 
@@ -152,9 +151,10 @@ void TableFollower::set_l1_entry(std::uint32_t index, std::uint64_t value, bool 
   place(index, offset);
 }
 
-/// Allocates, if need be after others have given up theirs. Throws std::bad_alloc.
+/// Allocates about so many bytes, if need be after others have given up theirs. Throws
+/// std::bad_alloc.
 template <typename Allocate>
-auto TableFollower::with_room(Allocate allocate) {
+auto TableFollower::with_room(std::size_t bytes, Allocate allocate) {
   try {
     return allocate();
   } catch (const std::bad_alloc&) {
@@ -164,7 +164,7 @@ auto TableFollower::with_room(Allocate allocate) {
     try {
       return allocate();
     } catch (const std::bad_alloc&) {
-      if (!make_room_())
+      if (!make_room_(bytes))
         throw;
     }
   }
@@ -172,10 +172,17 @@ auto TableFollower::with_room(Allocate allocate) {
 
 /// Makes room for all entries of the L1 table, here and in their order. Throws std::bad_alloc.
 void TableFollower::make_l1() {
-  with_room([this] {
-    by_offset_.reserve(header_->l1.entries);
-    l1_.resize(header_->l1.entries);
+  const std::size_t entries = header_->l1.entries;
+  with_room(entries * (sizeof l1_[0] + sizeof by_offset_[0]), [this, entries] {
+    by_offset_.reserve(entries);
+    l1_.resize(entries);
   });
+}
+
+/// Without keeping their memory for later, which others can use.
+void TableFollower::free_l1() noexcept {
+  decltype(l1_)(memory_).swap(l1_);
+  decltype(by_offset_)(memory_).swap(by_offset_);
 }
 
 /// The table of this index is at `offset`, 0 for nowhere.
@@ -206,7 +213,8 @@ const TableFollower::Copy* TableFollower::copy_of(std::uint32_t index) const noe
 
 /// Throws std::bad_alloc.
 TableFollower::Copy& TableFollower::make_copy(std::uint32_t index) {
-  return *with_room([&] { return &copies_.try_emplace(index, memory_).first->second; });
+  return *with_room(sizeof(Copy),
+                    [&] { return &copies_.try_emplace(index, memory_).first->second; });
 }
 
 /// Makes room for the entries of a copy that has work. Returns false when there is no memory.
@@ -215,7 +223,7 @@ bool TableFollower::allocate(Copy& copy) noexcept {
     return true;
   const std::size_t count = header_->l2_entries();
   try {
-    with_room([&] {
+    with_room(count * (sizeof copy.entries[0]) + count / 8, [&] {
       copy.unchecked.resize((count + bits - 1) / bits);
       copy.entries.resize(count);
     });

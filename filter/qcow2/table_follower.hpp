@@ -37,13 +37,14 @@ public:
     std::uint64_t value = 0;
   };
 
-  /// Somebody else gives back some of the memory; returns false when nothing is left to give. Must
-  /// not throw, nor call the follower.
-  using MakeRoom = std::function<bool()>;
+  /// Somebody else gives back some of the memory, for so many bytes; returns false when nothing is
+  /// left to give, or they could not be had all the same. Must not throw, nor call the follower.
+  using MakeRoom = std::function<bool(std::size_t bytes)>;
 
   /// The memory outlives it.
   explicit TableFollower(
-      std::pmr::memory_resource* memory, MakeRoom make_room = [] { return false; })
+      std::pmr::memory_resource* memory,
+      MakeRoom make_room = [](std::size_t /*bytes*/) { return false; })
       : memory_(memory), make_room_(std::move(make_room)), l1_(memory), by_offset_(memory),
         copies_(memory) {}
 
@@ -159,8 +160,9 @@ private:
   Copy& make_copy(std::uint32_t index);
   bool allocate(Copy& copy) noexcept;
   template <typename Allocate>
-  auto with_room(Allocate allocate);
+  auto with_room(std::size_t bytes, Allocate allocate);
   void make_l1();
+  void free_l1() noexcept;
   static void apply(Copy& copy, std::uint32_t l2_index, std::uint64_t value) noexcept;
   void note_zeros(const ByteRange& range, bool zeros) noexcept;
   template <typename Function>

@@ -3,6 +3,7 @@
 #include "catch.hpp"
 
 #include <new>
+#include <tuple>
 #include <vector>
 
 using qcowcache::CountedMemory;
@@ -46,4 +47,18 @@ TEST_CASE("where the budget is used up nothing can be had", "[counted_memory]") 
   CHECK_THROWS_AS(std::pmr::vector<int>(10, &memory), std::bad_alloc);
   budget.set_limit(0);
   CHECK_THROWS_AS(std::pmr::vector<int>(10, &memory), std::bad_alloc);
+}
+
+TEST_CASE("what could be had is what an empty one hands out", "[counted_memory]") {
+  MemoryBudget budget(1U << 20U);
+  CountedMemory memory(budget, 4);
+  std::size_t most = 0;
+  while (memory.could_have(most + 1))
+    ++most;
+  CHECK(most > 100000);
+  memory.deallocate(memory.allocate(most, 16), most, 16);
+  CHECK_THROWS_AS(std::ignore = memory.allocate(most + 1, 16), std::bad_alloc);
+  const std::pmr::vector<char> other(most / 2, &memory);
+  CHECK(memory.could_have(most));
+  CHECK_FALSE(memory.could_have(most + 1));
 }

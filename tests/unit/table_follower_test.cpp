@@ -291,6 +291,20 @@ TEST_CASE("without memory every table has to be looked at", "[table_follower]") 
   CHECK_FALSE(bench.follower.lost());
 }
 
+TEST_CASE("others are asked for room, and told how much", "[table_follower]") {
+  std::vector<std::size_t> asked;
+  TableFollower follower(std::pmr::null_memory_resource(), [&](std::size_t bytes) {
+    asked.push_back(bytes);
+    return asked.size() < 3; // then they have nothing left to give
+  });
+  follower.set_header(image_header());
+  follower.l1_entries(0, bytes_of({8 * cluster}), true);
+  CHECK(follower.lost());
+  REQUIRE(asked.size() == 3);
+  CHECK(asked.front() >= 4 * sizeof(std::uint64_t));
+  CHECK(asked.front() <= 4 * 16);
+}
+
 TEST_CASE("tables that are checked make room for others", "[table_follower]") {
   // Room for about two copies of a table beside the rest.
   class Counted final : public std::pmr::memory_resource {

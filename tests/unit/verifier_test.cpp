@@ -53,7 +53,7 @@ public:
   [[nodiscard]] std::uint64_t largest_size() const override { return bytes.size(); }
   void read(std::uint64_t offset, std::span<std::byte> data) override {
     ++reads;
-    if (refuses)
+    if (refuses || unreadable.overlaps({offset, offset + data.size()}))
       throw std::system_error(ENOMEDIUM, std::generic_category(), "refused");
     const std::lock_guard lock(mutex_);
     std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(offset), data.size(), data.begin());
@@ -66,6 +66,7 @@ public:
   std::vector<std::byte> bytes = std::vector<std::byte>(image_size);
   std::atomic<unsigned> reads = 0;
   bool refuses = false;
+  ByteRange unreadable;
   /// Of the bytes, where that is not all of them.
   std::optional<std::uint64_t> seen;
 
@@ -328,6 +329,11 @@ TEST_CASE("an L1 table that a client has read is not read once more", "[verifier
     read(l1_at, 56);
     reads = 1;
   }
+  SECTION("and others have written meanwhile") {
+    bench.verifier.forget({l1_at, l1_at + 8});
+    read(l1_at, 64);
+    reads = 1;
+  }
   SECTION("and others have written since") {
     read(l1_at, 64);
     bench.verifier.forget({l1_at, l1_at + 8});
@@ -397,6 +403,50 @@ TEST_CASE("clusters that cannot be read now are no damage when they can", "[veri
   CHECK(bench.check() == Outcome::clean);
   CHECK(bench.verifier.left().empty());
   CHECK(bench.reported.empty());
+}
+
+TEST_CASE("clusters that cannot be read hide no damage elsewhere", "[verifier]") {
+  Bench bench;
+  bench.create();
+  const std::uint64_t far = data_at + 200 * cluster;
+  const auto stream = deflated(compressible(cluster, 1));
+  bench.image.store(data_at, stream);
+  bench.publish(0, entry_of(data_at, stream.size()));
+  bench.publish(1, entry_of(far, 1000));
+  bench.image.unreadable = {data_at, data_at + cluster};
+  for (unsigned i = 0; i < 2; ++i) {
+    CHECK_THROWS_AS(bench.check(), std::system_error);
+    CHECK(bench.verifier.left().more);
+    CHECK(bench.reported.size() == 1);
+    CHECK(says(bench.reported, "never written"));
+    CHECK(bench[Count::unreadable_clusters] == 1);
+  }
+  bench.image.unreadable = {};
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench.verifier.failing() == 1);
+  bench.write(far, pattern(1000, 1));
+  bench.publish(1, 0);
+  CHECK(bench.check() == Outcome::clean);
+  CHECK(bench.reported.size() == 1);
+}
+
+TEST_CASE("a table that is dropped while somebody changes it is not taken for old", "[verifier]") {
+  Bench made;
+  made.create();
+  Bench bench;
+  bench.image.bytes = made.image.bytes;
+  const std::uint64_t entry = entry_of(data_at, 1000);
+  {
+    Verifier::Change change(&bench.verifier, bench.image, {l2_at, l2_at + 8});
+    bench.image.store(l2_at, number(entry));
+    bench.budget.set_limit(0);
+    bench.verifier.shrink();
+    bench.budget.set_limit(64U << 20U);
+    bench.publish(1, 0);
+    change.wrote(number(entry));
+  }
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench.verifier.failing() == 1);
 }
 
 TEST_CASE("streams may be decoded by others, or by the check itself", "[verifier]") {
