@@ -454,28 +454,17 @@ void WriteCache::forget_all() {
 // ---- Writing
 
 Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
-                            std::span<const std::byte> data, const ByteRange* request) {
+                            std::span<const std::byte> data, const ByteRange* request,
+                            std::span<std::byte> refreshed) {
   Lock lock(mutex_);
   if (request != nullptr)
     count_write(lock, *request);
-  const std::uint64_t completed = units_completed_;
-  const Absorbed answer = absorb(lock, writer, offset, data);
-  const bool wake = units_completed_ != completed && settings_.wake_writer;
-  const std::size_t queued = queued_;
-  lock.unlock(); // a writer that is called would only run into it
-  if (wake)
-    settings_.wake_writer(queued);
-  if (answer == Absorbed::held)
-    tell(settings_.events.trace, [&] {
-      return "absorbed " + to_string({offset, offset + data.size()});
-    });
-  return answer;
-}
-
-Absorbed WriteCache::absorb(const Lock& lock, const Storage& writer, std::uint64_t offset,
-                            std::span<const std::byte> data) {
   if (!caching(lock))
     return Absorbed::off;
+  if (!refreshed.empty()) {
+    ByteRanges gaps;
+    copy_cached(lock, offset, refreshed, gaps);
+  }
 
   // First everything that can fail, so that a write is taken whole or not at all.
   const ByteRange range{offset, offset + data.size()};
@@ -502,6 +491,7 @@ Absorbed WriteCache::absorb(const Lock& lock, const Storage& writer, std::uint64
   }
 
   const auto now = Unit::Clock::now();
+  bool completed = false;
   ++moment_;
   for_each_unit(lock, range, [&](Unit& unit) {
     const ByteRange part = range.intersection(unit.range());
@@ -513,12 +503,20 @@ Absorbed WriteCache::absorb(const Lock& lock, const Storage& writer, std::uint64
     unit.hook.unlink();
     unclean_.push_back(unit);
     count_unclean(lock, unit, true);
-    if (unit.full(size_) && !unit.was_refused && join_queue(lock, unit, Unit::Reason::cluster_end))
+    if (unit.full(size_) && !unit.was_refused &&
+        join_queue(lock, unit, Unit::Reason::cluster_end)) {
+      completed = true;
       ++units_completed_;
+    }
   });
   queue_left_behind(lock, now);
   header_.wrote(offset, data);
   header_changed(lock, range);
+  const std::size_t queued = queued_;
+  lock.unlock(); // a writer that is called would only run into it
+  if (completed && settings_.wake_writer)
+    settings_.wake_writer(queued);
+  tell(settings_.events.trace, [&] { return "absorbed " + to_string(range); });
   return Absorbed::held;
 }
 
@@ -671,26 +669,15 @@ void WriteCache::write_piece_through(Storage& storage, std::uint64_t offset,
 /// written newer bytes meanwhile. Returns whether all of it is in memory now.
 bool WriteCache::absorb_around(const Storage& writer, const ByteRange& blocks,
                                const ByteRange& range, std::span<std::byte> whole) noexcept {
-  bool held = true;
-  Lock lock(mutex_);
+  const auto absorbs = [&](const ByteRange& part) {
+    const std::span<std::byte> around = whole.subspan(part.begin - blocks.begin, part.size());
+    return part.empty() || absorb(writer, part.begin, around, nullptr, around) == Absorbed::held;
+  };
   try {
-    for (const ByteRange& part :
-         {ByteRange{blocks.begin, range.begin}, ByteRange{range.end, blocks.end}}) {
-      if (part.empty() || !held)
-        continue;
-      const std::span<std::byte> around = whole.subspan(part.begin - blocks.begin, part.size());
-      ByteRanges gaps;
-      copy_cached(lock, part.begin, around, gaps);
-      held = absorb(lock, writer, part.begin, around) == Absorbed::held;
-    }
+    return absorbs({blocks.begin, range.begin}) && absorbs({range.end, blocks.end});
   } catch (const std::bad_alloc&) {
-    held = false;
+    return false;
   }
-  const std::size_t queued = queued_;
-  lock.unlock();
-  if (queued > 0 && settings_.wake_writer)
-    settings_.wake_writer(queued);
-  return held;
 }
 
 bool WriteCache::make_room(Storage& storage) {

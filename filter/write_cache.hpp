@@ -124,9 +124,11 @@ public:
   /// Copies a write into its units, all of it or nothing. Never calls storage, never waits.
   /// A unit that becomes full is queued. `writer` is remembered as the one who wrote to the units.
   /// `request`, if any, is a client's write that begins with this one: it is counted.
+  /// `refreshed`, if not empty, is the buffer of `data`: bytes that are in memory are copied there
+  /// first, so that only the others change.
   [[nodiscard]] Absorbed absorb(const Storage& writer, std::uint64_t offset,
-                                std::span<const std::byte> data,
-                                const ByteRange* request = nullptr);
+                                std::span<const std::byte> data, const ByteRange* request = nullptr,
+                                std::span<std::byte> refreshed = {});
   /// Writes to storage now, and returns its answer. Owns the range meanwhile; blocks that the write
   /// covers only in part are filled up. Cached bytes in the range are replaced once storage has
   /// them.
@@ -261,8 +263,6 @@ private:
   void take(Storage& storage, std::uint64_t offset, std::span<const std::byte> data, bool fua,
             const ByteRange* request);
   void learn_zeros(Storage& storage, const ByteRange& range);
-  [[nodiscard]] Absorbed absorb(const Lock&, const Storage& writer, std::uint64_t offset,
-                                std::span<const std::byte> data);
   [[nodiscard]] bool absorb_around(const Storage& writer, const ByteRange& blocks,
                                    const ByteRange& range, std::span<std::byte> whole) noexcept;
   void write_piece_through(Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
