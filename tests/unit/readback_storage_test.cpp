@@ -10,6 +10,7 @@
 #include <memory>
 #include <optional>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 using namespace qcowcache;
@@ -106,6 +107,15 @@ struct CacheBench : Bench {
     return result;
   }
 
+  /// A client writes these bytes during storage's next call of that kind.
+  void write_during(Kind kind, std::uint64_t offset, const std::vector<std::byte>& data) {
+    disk.before = [this, kind, offset, data](const MemoryStorage::Call& call) {
+      if (call.kind == kind && !std::exchange(written, true))
+        CHECK(cache->absorb(*storage, offset, data) == Absorbed::held);
+    };
+  }
+
+  bool written = false;
   RangeLock ranges;
   MemoryBudget budget;
   std::shared_ptr<WriteCache> cache;
@@ -241,17 +251,11 @@ TEST_CASE("what a client writes while a damaged unit is being written wins", "[r
   CacheBench bench;
   const auto data = pattern(unit, 1);
   const auto newer = pattern(100, 2);
-  bool once = true;
-  bench.disk.before = [&](const MemoryStorage::Call& call) {
-    if (call.kind == Kind::read && once) {
-      once = false;
-      CHECK(bench.cache->absorb(*bench.storage, unit + 7, newer) == Absorbed::held);
-    }
-  };
+  bench.write_during(Kind::read, unit + 7, newer);
   bench.damaging->damage(unit + 300);
   bench.cache->write(*bench.storage, unit, data, false);
   CHECK(error_of([&] { bench.cache->flush(*bench.storage); }) == EIO);
-  CHECK_FALSE(once);
+  CHECK(bench.written);
   bench.cache->flush(*bench.storage);
   auto expected = data;
   std::ranges::copy(newer, expected.begin() + 7);
@@ -264,17 +268,11 @@ TEST_CASE("what a client writes while a damaged write-through is going on wins",
   const auto earlier = pattern(unit, 1);
   bench.disk.disk().write(unit, earlier, true);
   const auto newer = pattern(100, 2);
-  bool once = true;
-  bench.disk.before = [&](const MemoryStorage::Call& call) {
-    if (call.kind == Kind::write && once) {
-      once = false;
-      CHECK(bench.cache->absorb(*bench.storage, unit + 500, newer) == Absorbed::held);
-    }
-  };
+  bench.write_during(Kind::write, unit + 500, newer);
   bench.damaging->damage(unit + 50);
   CHECK(error_of([&] { bench.cache->write(*bench.storage, unit + 1000, pattern(100, 3), true); }) ==
         EIO);
-  CHECK_FALSE(once);
+  CHECK(bench.written);
   bench.cache->flush(*bench.storage);
   auto expected = earlier;
   std::ranges::copy(newer, expected.begin() + 500);

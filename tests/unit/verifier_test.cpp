@@ -136,6 +136,14 @@ struct Bench {
   Verifier verifier;
 };
 
+/// For the next verifier of a file, which tells nobody.
+Verifier::Settings after(const Verifier& earlier) {
+  Verifier::Settings settings;
+  settings.left = earlier.left();
+  settings.report = [](const std::string& /*line*/) {};
+  return settings;
+}
+
 bool says(const std::vector<std::string>& lines, const std::string& text) {
   return std::ranges::any_of(
       lines, [&](const std::string& line) { return line.find(text) != std::string::npos; });
@@ -574,8 +582,7 @@ TEST_CASE("what an earlier verifier left failing is checked as long as it is the
   bench.publish(4, entry_of(data_at + 5 * cluster, stream.size()));
   CHECK(bench.check() == Outcome::damaged);
   std::vector<std::string> reported;
-  Verifier::Settings settings;
-  settings.left = bench.verifier.left();
+  Verifier::Settings settings = after(bench.verifier);
   CHECK(settings.left.failing.size() == 2);
   CHECK_FALSE(settings.left.more);
   settings.report = [&](const std::string& line) { reported.push_back(line); };
@@ -601,9 +608,7 @@ TEST_CASE("a verifier that was never used leaves what it was left", "[verifier]"
   bench.create();
   bench.publish(3, entry_of(data_at, 1000));
   CHECK(bench.check() == Outcome::damaged);
-  Verifier::Settings settings;
-  settings.left = bench.verifier.left();
-  settings.report = [](const std::string& /*line*/) {};
+  Verifier::Settings settings = after(bench.verifier);
   const Verifier unused(settings, bench.budget);
   CHECK(unused.left().failing.size() == 1);
   settings.left = {{}, true};
@@ -622,11 +627,9 @@ TEST_CASE("more failures than anybody can remember are left, too", "[verifier]")
   CHECK(bench.verifier.failing() == many);
   CHECK(bench.check() == Outcome::damaged);
   CHECK(bench[Count::unreadable_clusters] == many); // once each
-  Verifier::Settings settings;
-  settings.left = bench.verifier.left();
+  Verifier::Settings settings = after(bench.verifier);
   CHECK(settings.left.failing.size() == 256);
   CHECK(settings.left.more);
-  settings.report = [](const std::string& /*line*/) {};
 
   // All that it can remember one by one is repaired: the rest is still there.
   const auto stream = deflated(compressible(cluster, 1));
@@ -661,10 +664,8 @@ TEST_CASE("what a check could not look at is left", "[verifier]") {
   bench.write(l1_at + 1, std::vector<std::byte>(3));
   bench.image.refuses = true;
   CHECK_THROWS_AS(bench.check(), std::system_error);
-  Verifier::Settings settings;
-  settings.left = bench.verifier.left();
+  Verifier::Settings settings = after(bench.verifier);
   CHECK_FALSE(settings.left.empty());
-  settings.report = [](const std::string& /*line*/) {};
   Verifier next(settings, bench.budget);
   SECTION("and stays, when the next verifier cannot look, either") {
     Verifier::Change change(&next, bench.image, {image_size - 10, image_size});
@@ -680,9 +681,7 @@ TEST_CASE("failures that were left are not lost when their tables cannot be read
   bench.create();
   bench.publish(3, entry_of(data_at, 1000));
   CHECK(bench.check() == Outcome::damaged);
-  Verifier::Settings settings;
-  settings.left = bench.verifier.left();
-  settings.report = [](const std::string& /*line*/) {};
+  Verifier::Settings settings = after(bench.verifier);
   Verifier next(settings, bench.budget);
   bench.image.refuses = true;
   {
