@@ -200,26 +200,25 @@ void Verifier::forget(const ByteRange& range) noexcept {
 
 void Verifier::client_read(const std::function<std::optional<Header>()>& header,
                            std::uint64_t offset, std::span<const std::byte> data) noexcept {
-  const auto too_late = [this] {
-    const Lock lock(mutex_);
-    return opened_ || opening_;
+  // Somebody may have changed it since it was read.
+  const auto too_late = [this](const Lock& /*lock*/) {
+    return opened_ || opening_ || others_change_;
   };
-  if (too_late())
+  if (too_late(Lock(mutex_)))
     return;
   try {
     const std::optional<Header> known = header();
     if (!known)
       return;
-    const ByteRange l1{known->l1.offset,
-                       known->l1.offset + std::uint64_t{known->l1.entries} * qcow2::l1_entry_size};
+    const ByteRange l1 = qcow2::l1_range(*known);
     if (l1.empty() || l1.size() > worth_reading_over ||
         !ByteRange{offset, offset + data.size()}.contains(l1))
       return;
     const std::span<const std::byte> table = data.subspan(l1.begin - offset, l1.size());
     std::vector<std::byte> copy(table.begin(), table.end());
     const Lock lock(mutex_);
-    if (opened_ || opening_ || others_change_)
-      return; // somebody may have changed it since it was read
+    if (too_late(lock))
+      return;
     early_range_ = l1;
     early_ = std::move(copy);
   } catch (const std::exception&) {
@@ -553,8 +552,12 @@ void Verifier::refresh_tables(Lock& lock, Image& image) {
   for (std::optional<std::uint32_t> index = tables_.stale_from(0); index;
        index = tables_.stale_from(*index + 1)) {
     if (const std::optional<std::uint64_t> replaced = tables_.replaced(*index)) {
-      read_table(lock, image, *replaced, table);
-      tables_.load_checked(*index, table);
+      const ByteRange old{*replaced, *replaced + table.size()};
+      read_table(lock, image, old.begin, table);
+      if (being_changed(lock, old))
+        tables_.forget_replaced(old);
+      if (tables_.replaced(*index) == replaced) // else it has changed since
+        tables_.load_checked(*index, table);
     }
     // It may have been lost meanwhile.
     if (tables_.has_table(*index)) {

@@ -28,6 +28,11 @@ bool same_layout(const Header& left, const Header& right) noexcept {
 
 } // namespace
 
+ByteRange l1_range(const Header& header) noexcept {
+  const TablePlace& l1 = header.l1;
+  return {l1.offset, l1.offset + std::uint64_t{l1.entries} * l1_entry_size};
+}
+
 // ---- The L1 table
 
 void TableFollower::clear() noexcept {
@@ -89,10 +94,7 @@ void TableFollower::set_header(const Header& header) noexcept {
 }
 
 ByteRange TableFollower::l1_range() const noexcept {
-  if (!header_)
-    return {};
-  const TablePlace& l1 = header_->l1;
-  return {l1.offset, l1.offset + std::uint64_t{l1.entries} * l1_entry_size};
+  return header_ ? qcow2::l1_range(*header_) : ByteRange{};
 }
 
 void TableFollower::l1_entries(std::uint32_t first, std::span<const std::byte> bytes,
@@ -136,8 +138,10 @@ void TableFollower::set_l1_entry(std::uint32_t index, std::uint64_t value, bool 
     Copy& copy = make_copy(index);
     copy.stale = true;
     copy.touched = true;
-    if (was_unread)
+    if (was_unread) {
       copy.replaced = before;
+      any_replaced_ = true;
+    }
     if (zeros_.contains({offset, offset + header_->cluster_size()})) {
       copy.replaced = 0;
       if (allocate(copy)) {
@@ -291,6 +295,17 @@ std::optional<std::uint64_t> TableFollower::replaced(std::uint32_t l1_index) con
   return copy->replaced;
 }
 
+void TableFollower::forget_replaced(const ByteRange& range) noexcept {
+  if (!any_replaced_) // as with most writes
+    return;
+  any_replaced_ = false;
+  for (auto& [index, copy] : copies_) {
+    if (range.overlaps({copy.replaced, copy.replaced + header_->cluster_size()}))
+      copy.replaced = 0;
+    any_replaced_ = any_replaced_ || copy.replaced != 0;
+  }
+}
+
 void TableFollower::begin_reading(std::uint32_t l1_index) noexcept {
   if (Copy* copy = copy_of(l1_index))
     copy->touched = false;
@@ -396,6 +411,7 @@ bool TableFollower::is_table(const ByteRange& range) const noexcept {
 /// `entry_at` gives the entry that begins at an offset in the file; nothing: no entry is known.
 void TableFollower::write_tables(const ByteRange& range, const EntryAt& entry_at) noexcept {
   lost_touched_ = lost_touched_ || lost_;
+  forget_replaced(range);
   try {
     for_each_table(range, [&](std::uint32_t index) {
       Copy& copy = make_copy(index);

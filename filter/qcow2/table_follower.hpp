@@ -16,6 +16,9 @@
 
 namespace qcowcache::qcow2 {
 
+/// Where the active L1 table lies; empty when there is none.
+[[nodiscard]] ByteRange l1_range(const Header& header) noexcept;
+
 /// Follows the active L1 table of an image and the L2 tables that it names, by what is written to
 /// them, and tells which compressed clusters became reachable and have not been checked.
 ///
@@ -97,6 +100,9 @@ public:
   [[nodiscard]] std::optional<std::uint32_t> stale_from(std::uint32_t l1_index) const noexcept;
   /// The table that this one took the place of and that counts as checked, if it has to be read.
   [[nodiscard]] std::optional<std::uint64_t> replaced(std::uint32_t l1_index) const noexcept;
+  /// What is in the range now is not what was checked: where a table in it was replaced, all
+  /// entries of its successor are new.
+  void forget_replaced(const ByteRange& range) noexcept;
   void begin_reading(std::uint32_t l1_index) noexcept;
   /// The table has this content. Returns false when there is no memory for a copy: then the caller
   /// has to look at all of its compressed entries, and calls `looked_at_all`.
@@ -184,6 +190,8 @@ private:
   std::pmr::vector<std::uint32_t> by_offset_;
   /// By index.
   std::pmr::map<std::uint32_t, Copy> copies_;
+  /// Some of them may have a `replaced`.
+  bool any_replaced_ = false;
   /// Ranges written with zeros only: a new table there is known without being read.
   ByteRanges zeros_;
 };

@@ -162,15 +162,23 @@ private:
     case Step::header:
       write_header();
       break;
-    case Step::l1_entry:
-      write(l1_at_ + input_.number(1) % l1_entries * 8, number_bytes(some_table(true), 8));
+    // Place, then content: which of two arguments is evaluated first is the compiler's choice, and
+    // an input has to mean the same everywhere.
+    case Step::l1_entry: {
+      const std::uint64_t at = l1_at_ + input_.number(1) % l1_entries * 8;
+      write(at, number_bytes(some_table(true), 8));
       break;
-    case Step::l2_entry:
-      write(some_entry_offset(), number_bytes(some_entry(), 8));
+    }
+    case Step::l2_entry: {
+      const std::uint64_t at = some_entry_offset();
+      write(at, number_bytes(some_entry(), 8));
       break;
-    case Step::stream:
-      write(some_data(), some_stream(compression_, bits_, input_.number(1)));
+    }
+    case Step::stream: {
+      const std::uint64_t at = some_data();
+      write(at, some_stream(compression_, bits_, input_.number(1)));
       break;
+    }
     case Step::raw:
       write_raw();
       break;

@@ -169,6 +169,44 @@ TEST_CASE("a copy of a table, as after a snapshot, brings only what differs", "[
   CHECK_FALSE(bench.follower.is_table({8 * cluster, 9 * cluster}));
 }
 
+TEST_CASE("a replaced table that has changed since says nothing of what is old",
+          "[table_follower]") {
+  Bench bench;
+  bench.open({8 * cluster});
+  bench.follower.wrote(l1_at, bytes_of({9 * cluster}));
+  const ByteRange entry{8 * cluster + 16, 8 * cluster + 24};
+  switch (GENERATE(0, 1, 2)) {
+  case 0:
+    bench.follower.wrote(entry.begin, bytes_of({stream(1)}));
+    break;
+  case 1:
+    bench.follower.zeroed(entry);
+    break;
+  default:
+    bench.follower.changed(entry);
+    break;
+  }
+  // It may come back, too, as when a snapshot is applied.
+  if (GENERATE(true, false))
+    bench.follower.wrote(l1_at, bytes_of({8 * cluster}));
+  CHECK_FALSE(bench.follower.replaced(0));
+  REQUIRE(bench.follower.stale_from(0) == 0U);
+  bench.follower.begin_reading(0);
+  CHECK(bench.follower.load(0, table_of({0, 0, stream(1)})));
+  CHECK(bench.unchecked() == Values{stream(1)});
+}
+
+TEST_CASE("what changes elsewhere leaves replaced tables what they were", "[table_follower]") {
+  Bench bench;
+  bench.open({8 * cluster, 11 * cluster});
+  bench.follower.wrote(l1_at, bytes_of({9 * cluster, 12 * cluster}));
+  bench.follower.changed({9 * cluster, 11 * cluster});
+  CHECK(bench.follower.replaced(0) == 8 * cluster);
+  bench.follower.changed({12 * cluster - 1, 12 * cluster});
+  CHECK(bench.follower.replaced(0) == 8 * cluster);
+  CHECK_FALSE(bench.follower.replaced(1));
+}
+
 TEST_CASE("odd writes, and unknown ones, have a table read again", "[table_follower]") {
   Bench bench;
   bench.open({8 * cluster});

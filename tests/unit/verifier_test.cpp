@@ -457,6 +457,42 @@ TEST_CASE("a table that is dropped while somebody changes it is not taken for ol
   CHECK(bench.verifier.failing() == 1);
 }
 
+TEST_CASE("a replaced table that is being changed is not taken for old", "[verifier]") {
+  Bench first;
+  first.create();
+  Bench bench;
+  bench.image.bytes = first.image.bytes;
+  const std::uint64_t old_at = l2_at;
+  const std::uint64_t new_at = l2_at + cluster;
+  const auto entry = number(entry_of(data_at, 300)); // never written
+  const auto change_old = [&](bool end) {
+    Verifier::Change change(&bench.verifier, bench.image, {old_at, old_at + 8});
+    bench.image.store(old_at, entry);
+    if (end)
+      change.wrote(entry);
+    else
+      CHECK(bench.check() == Outcome::damaged);
+  };
+  bench.write(new_at, entry);
+  bench.write(l1_at, number(new_at));
+  SECTION("before a check") {
+    change_old(true);
+  }
+  SECTION("during a check") {
+    change_old(false);
+  }
+  SECTION("and takes its place again") {
+    change_old(true);
+    bench.write(l1_at, number(old_at));
+  }
+  SECTION("not at all") {
+    bench.image.store(old_at, entry); // as if it had been so all the time
+    CHECK(bench.check() == Outcome::clean);
+    return;
+  }
+  CHECK(bench.check() == Outcome::damaged);
+}
+
 TEST_CASE("streams may be decoded by others, or by the check itself", "[verifier]") {
   MemoryBudget budget(64U << 20U);
   MemoryImage image;
