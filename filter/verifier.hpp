@@ -172,7 +172,8 @@ public:
   Outcome check(Image& image);
   /// Whether a check has anything to do, or would fail.
   [[nodiscard]] bool has_work() const;
-  /// Others changed the range.
+  /// Others changed the range. What they did before the first change here counts as old, and is for
+  /// their own verifier to look at.
   void forget(const ByteRange& range) noexcept;
   /// A client has read `data` at `offset`. Who opens an image reads its L1 table before anything is
   /// changed; then it need not be read once more. `header` says what is known of the image's, and

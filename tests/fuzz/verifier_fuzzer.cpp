@@ -155,6 +155,7 @@ private:
     settings.left = std::move(left);
     settings.decompressors = decompressors_;
     verifier_ = std::make_unique<Verifier>(std::move(settings), budget_);
+    unused_ = true;
   }
 
   void step() {
@@ -194,12 +195,9 @@ private:
     case Step::unknown:
       change_without_a_word(some_range());
       break;
-    case Step::foreign: {
-      const ByteRange range = some_range();
-      scribble(range);
-      verifier_->forget(range);
+    case Step::foreign:
+      change_by_others(some_range());
       break;
-    }
     case Step::crossing:
       write_crossing();
       break;
@@ -269,15 +267,19 @@ private:
   void store(std::uint64_t offset, std::span<const std::byte> data) {
     copy_bytes(data, image_.bytes.begin() + static_cast<std::ptrdiff_t>(offset));
   }
+  Change begin_change(const ByteRange& range) {
+    unused_ = false;
+    return {verifier_.get(), image_, range};
+  }
   void write(std::uint64_t offset, std::span<const std::byte> data) {
     const std::span<const std::byte> fits =
         data.first(std::min<std::uint64_t>(data.size(), image_.size() - offset));
-    Change change(verifier_.get(), image_, {offset, offset + fits.size()});
+    Change change = begin_change({offset, offset + fits.size()});
     store(offset, fits);
     change.wrote(fits);
   }
   void zero(const ByteRange& range) {
-    Change change(verifier_.get(), image_, range);
+    Change change = begin_change(range);
     store(range.begin, std::vector<std::byte>(range.size()));
     change.zeroed();
   }
@@ -291,9 +293,18 @@ private:
     else
       store(range.begin, std::vector<std::byte>(range.size()));
   }
+  void change_by_others(const ByteRange& range) {
+    scribble(range);
+    verifier_->forget(range);
+    if (!unused_)
+      return;
+    // Before its first change a verifier takes what is there for old.
+    const Found found = look();
+    known_.insert(found.bad.begin(), found.bad.end());
+  }
   /// As a write that fails after it has written something.
   void change_without_a_word(const ByteRange& range) {
-    const Change change(verifier_.get(), image_, range);
+    const Change change = begin_change(range);
     scribble(range);
   }
   /// Two writes at once, the bytes of either being there afterwards.
@@ -302,8 +313,8 @@ private:
     const std::vector<std::byte> a = number_bytes(some_entry(), 8);
     const std::vector<std::byte> b = some_stream(compression_, bits_, input_.number(1));
     const std::uint64_t chosen = input_.number(1);
-    Change first(verifier_.get(), image_, {at, at + a.size()});
-    Change second(verifier_.get(), image_, {at, at + b.size()});
+    Change first = begin_change({at, at + a.size()});
+    Change second = begin_change({at, at + b.size()});
     if ((chosen & 1U) != 0) {
       store(at, a);
       store(at, b);
@@ -400,8 +411,7 @@ private:
       require(image_.refused, "a check failed, and no read had");
     }
     const Found found = look();
-    // Those that it need not look at again are known to it from here on.
-    was_good_.insert(found.good.begin(), found.good.end());
+    known_.insert(found.good.begin(), found.good.end());
     if (!outcome || changing)
       return;
     if (*outcome == Outcome::damaged) {
@@ -410,7 +420,7 @@ private:
     } else {
       require(verifier_->failing() == 0, "clean, with failures");
       for (const Place& bad : found.bad)
-        require(was_good_.contains(bad), "damage that was not found");
+        require(known_.contains(bad), "damage that was not found");
     }
   }
 
@@ -425,7 +435,10 @@ private:
   std::unique_ptr<Verifier> verifier_;
   Compression compression_ = Compression::deflate;
   std::uint64_t l1_at_ = 0;
-  std::set<Place> was_good_;
+  /// What no check needs to look at: it was good once, or there before the verifier.
+  std::set<Place> known_;
+  /// The verifier has seen no change.
+  bool unused_ = true;
   qcow2::Decompressor decoder_;
 };
 
