@@ -1,5 +1,7 @@
 #include "verifier.hpp"
 
+#include "all_zeros.hpp"
+
 #include <algorithm>
 #include <new>
 #include <system_error>
@@ -38,10 +40,6 @@ std::optional<Header> known_header(Verifier::Image& image) {
   if (header && header->unknown_features)
     header.reset();
   return header;
-}
-
-bool all_zeros(std::span<const std::byte> data) {
-  return std::ranges::all_of(data, [](std::byte byte) { return byte == std::byte{0}; });
 }
 
 /// The lock's mutex is free while this lives.

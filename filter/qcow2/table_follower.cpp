@@ -1,10 +1,10 @@
 #include "table_follower.hpp"
 
+#include "../all_zeros.hpp"
 #include "big_endian.hpp"
 
 #include <algorithm>
 #include <bit>
-#include <cstring>
 #include <new>
 #include <utility>
 
@@ -15,11 +15,6 @@ namespace {
 /// Clients write zeros in many places: what is beyond this number is only read once more.
 constexpr std::size_t most_zero_ranges = 1024;
 constexpr std::size_t bits = 64;
-
-bool all_zeros(std::span<const std::byte> data) noexcept {
-  return data.front() == std::byte{0} &&
-         std::memcmp(data.data(), data.data() + 1, data.size() - 1) == 0;
-}
 
 bool same_layout(const Header& left, const Header& right) noexcept {
   return left.cluster_bits == right.cluster_bits && left.extended_l2 == right.extended_l2 &&

@@ -3,6 +3,7 @@
 
 #include "targets.hpp"
 
+#include "all_zeros.hpp"
 #include "copy_bytes.hpp"
 #include "image_bytes.hpp"
 #include "input.hpp"
@@ -73,11 +74,6 @@ std::size_t some_memory(fuzz::Input& input) {
 // Loops over single bytes are slow under sanitizers, and std::ranges::equal has one for std::byte.
 bool same(std::span<const std::byte> a, std::span<const std::byte> b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size()) == 0);
-}
-
-bool all_zeros(std::span<const std::byte> bytes) {
-  return bytes.empty() ||
-         (bytes.front() == std::byte{0} && same(bytes.first(bytes.size() - 1), bytes.subspan(1)));
 }
 
 class Session {

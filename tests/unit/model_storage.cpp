@@ -1,5 +1,6 @@
 #include "model_storage.hpp"
 
+#include "all_zeros.hpp"
 #include "copy_bytes.hpp"
 
 #include <algorithm>
@@ -83,9 +84,7 @@ void ModelStorage::do_cache(const ByteRange& range) {
 }
 
 qcowcache::Storage::ExtentType ModelStorage::type_of(const ByteRange& part) const {
-  const auto bytes = disk_->now(part);
-  const bool zeros =
-      std::ranges::all_of(bytes, [](std::byte byte) { return byte == std::byte{0}; });
+  const bool zeros = qcowcache::all_zeros(disk_->now(part));
   const std::uint64_t number = part.begin / setup_.grain;
   if (!zeros)
     return number % 5 == 0 ? ExtentType::hole : ExtentType::data;
