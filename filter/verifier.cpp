@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <new>
+#include <set>
 #include <system_error>
 
 namespace qcowcache {
@@ -34,12 +35,29 @@ void read_padded(Verifier::Image& image, std::uint64_t offset, std::span<std::by
     image.read(offset, data.first(inside.size()));
 }
 
+/// Whether this caller can read all that the file has of the range.
+bool sees(const Verifier::Image& image, const ByteRange& range) {
+  return std::min(range.end, image.largest_size()) <= image.size();
+}
+
+/// Throws std::system_error when it cannot.
+void require_seen(const Verifier::Image& image, const ByteRange& range) {
+  if (!sees(image, range))
+    throw std::system_error(std::make_error_code(std::errc::result_out_of_range),
+                            to_string(range) + " lies behind what this client sees");
+}
+
 /// The header of an image whose tables can be followed.
 std::optional<Header> known_header(Verifier::Image& image) {
   std::optional<Header> header = image.header();
   if (header && header->unknown_features)
     header.reset();
   return header;
+}
+
+/// What an entry says is its cluster's: what the file does not have of it yet may come.
+ByteRange claimed(const qcow2::CompressedCluster& cluster) {
+  return {cluster.offset, cluster.offset + cluster.length};
 }
 
 /// The lock's mutex is free while this lives.
@@ -71,7 +89,7 @@ void Verifier::Change::begin(Image& image, const ByteRange& range) noexcept {
     entry_ = verifier_->begin(image, range);
   } catch (const std::exception&) {
     unnoted_ = true;
-    verifier_->give_up();
+    verifier_->begin_unnoted();
   }
 }
 
@@ -80,7 +98,7 @@ void Verifier::Change::end_unless_told() noexcept {
     if (entry_)
       verifier_->end_changed(*entry_);
     else if (unnoted_)
-      verifier_->give_up(); // a check may have come to its end since this began
+      verifier_->end_unnoted();
   } catch (const std::exception&) {
     verifier_->give_up();
   }
@@ -104,9 +122,26 @@ void Verifier::Change::zeroed() noexcept {
   }
 }
 
-/// Something was not noted for want of memory: nothing is known any more.
-void Verifier::give_up() noexcept {
+void Verifier::begin_unnoted() noexcept {
   const Lock lock(mutex_);
+  ++unnoted_;
+  give_up(lock);
+}
+
+void Verifier::end_unnoted() noexcept {
+  const Lock lock(mutex_);
+  --unnoted_;
+  give_up(lock); // a check may have come to its end since this began
+}
+
+void Verifier::give_up() noexcept {
+  give_up(Lock(mutex_));
+}
+
+/// Something was not noted for want of memory: nothing is known any more.
+void Verifier::give_up(const Lock& lock) noexcept {
+  for (Progress& each : in_progress_)
+    each.crossed = true; // maybe: nobody knows where that change is
   forget_streams(lock);
   opened_ = true;
   header_stale_ = true;
@@ -159,8 +194,8 @@ void Verifier::end(InProgress::iterator entry, std::span<const std::byte> data) 
   if (settings_.wake && waiting_ < most_waiting) {
     try {
       job->data.assign(data.begin(), data.end());
+      settings_.wake(waiting_ + 1);
       ++waiting_;
-      settings_.wake(waiting_);
       return;
     } catch (const std::bad_alloc&) {
       job->data.clear(); // decoded here and now, from where it is
@@ -186,6 +221,8 @@ void Verifier::end_changed(InProgress::iterator entry) {
 
 void Verifier::forget(const ByteRange& range) noexcept {
   const Lock lock(mutex_);
+  for (Progress& each : in_progress_)
+    each.crossed = each.crossed || each.range.overlaps(range);
   outdate(lock, range);
   arrived(lock, range);
   header_stale_ = header_stale_ || range.begin < qcow2::header_bytes;
@@ -244,6 +281,8 @@ void Verifier::forget_streams(const Lock& /*lock*/) noexcept {
     job.outdated = true;
   for (auto& [place, failure] : failures_)
     failure.touched = true; // no verdict of another codec's decoder
+  for (auto& [index, kept] : being_kept_)
+    kept.changed = true; // another image's, as it may be
 }
 
 /// Remembered streams in the range are no longer what they were.
@@ -257,6 +296,8 @@ void Verifier::outdate(const Lock& /*lock*/, const ByteRange& range) noexcept {
 void Verifier::arrived(const Lock& /*lock*/, const ByteRange& range) noexcept {
   for (auto& [place, failure] : failures_)
     failure.touched = failure.touched || failure.data.overlaps(range);
+  for (auto& [index, kept] : being_kept_)
+    kept.changed = kept.changed || kept.range.overlaps(range);
   if (!watched_.overlaps(range))
     return;
   try {
@@ -293,6 +334,8 @@ void Verifier::open(Lock& lock, Image& image) {
     if (header) {
       tables_.set_header(*header);
       const ByteRange l1 = tables_.l1_range();
+      require_seen(image, l1);
+      tables_.begin_reading_l1();
       std::vector<std::byte> bytes;
       for (ByteRange rest = l1; !rest.empty();) {
         if (early_range_ == l1) {
@@ -306,7 +349,6 @@ void Verifier::open(Lock& lock, Image& image) {
             !settings_.left.more);
         rest.begin += bytes.size();
       }
-      tables_.begin_reading_l1();
       tables_.end_reading_l1();
       take_over_failing(lock, image);
     }
@@ -333,10 +375,12 @@ void Verifier::take_over_failing(Lock& lock, Image& image) {
       const std::uint64_t offset = tables_.table_offset(entry.l1_index);
       if (tables_.unread_in({offset, offset + 1})) {
         std::vector<std::byte> table(cluster_size);
+        require_seen(image, {offset, offset + cluster_size});
         read_table(lock, image, offset, table);
         tables_.load_checked(entry.l1_index, table);
       }
-      tables_.uncheck(entry);
+      if (tables_.has_table(entry.l1_index)) // they may have been lost meanwhile
+        tables_.uncheck(entry);
     }
   }
 }
@@ -361,21 +405,25 @@ void Verifier::keep_old_tables(Lock& lock, Image& image, const ByteRange& range)
       tables_.changed({offset, offset + 1});
     } else {
       std::vector<std::byte> table(tables_.header()->cluster_size());
+      const ByteRange whole{offset, offset + table.size()};
       bool known = true;
-      being_kept_.insert(*index);
-      const auto kept = [this, which = *index] {
-        being_kept_.erase(which);
+      const auto kept = being_kept_.insert_or_assign(*index, Kept{whole, false}).first;
+      const auto done = [this, kept] {
+        being_kept_.erase(kept);
         changed_.notify_all();
       };
       try {
+        require_seen(image, whole);
         read_table(lock, image, offset, table);
       } catch (const std::system_error&) {
         known = false;
       } catch (...) {
-        kept();
+        done();
         throw;
       }
-      kept();
+      known = known && !kept->second.changed && tables_.has_table(*index) &&
+              tables_.table_offset(*index) == offset;
+      done();
       if (known)
         tables_.load_checked(*index, table);
     }
@@ -515,13 +563,14 @@ void Verifier::refresh_header(Lock& lock, Image& image) {
     header_stale_ = false;
     const Unlocked unlocked(lock);
     header = known_header(image);
-  } catch (const std::system_error&) {
+  } catch (...) {
     header_stale_ = true;
     throw;
   }
   const std::optional<Header>& before = tables_.header();
   if (!header || !before || header->compression != before->compression ||
-      header->cluster_size() != before->cluster_size())
+      header->cluster_size() != before->cluster_size() ||
+      header->extended_l2 != before->extended_l2)
     forget_streams(lock); // what another image calls one
   if (header)
     tables_.set_header(*header);
@@ -532,8 +581,12 @@ void Verifier::refresh_header(Lock& lock, Image& image) {
 void Verifier::refresh_l1(Lock& lock, Image& image) {
   std::vector<std::byte> bytes;
   for (unsigned tries = 0; tables_.l1_is_stale() && tries < most_tries; ++tries) {
-    tables_.begin_reading_l1();
     const ByteRange l1 = tables_.l1_range();
+    if (!sees(image, l1)) {
+      left_out_ = true;
+      return;
+    }
+    tables_.begin_reading_l1();
     for (ByteRange rest = l1; !rest.empty();) {
       bytes.resize(std::min(rest.size(), worth_reading_over));
       read_table(lock, image, rest.begin, bytes);
@@ -552,15 +605,20 @@ void Verifier::refresh_tables(Lock& lock, Image& image) {
     if (const std::optional<std::uint64_t> replaced = tables_.replaced(*index)) {
       const ByteRange old{*replaced, *replaced + table.size()};
       read_table(lock, image, old.begin, table);
-      if (being_changed(lock, old))
+      if (being_changed(lock, old) || !sees(image, old))
         tables_.forget_replaced(old);
       if (tables_.replaced(*index) == replaced) // else it has changed since
         tables_.load_checked(*index, table);
     }
     // It may have been lost meanwhile.
     if (tables_.has_table(*index)) {
+      const std::uint64_t offset = tables_.table_offset(*index);
+      if (!sees(image, {offset, offset + table.size()})) {
+        left_out_ = true;
+        continue;
+      }
       tables_.begin_reading(*index);
-      read_table(lock, image, tables_.table_offset(*index), table);
+      read_table(lock, image, offset, table);
       if (!tables_.load(*index, table))
         tables_.looked_at_all(*index, look_at_table(lock, image, *index, table) == 0);
     }
@@ -599,19 +657,28 @@ std::size_t Verifier::look_at_table(Lock& lock, Image& image, std::uint32_t l1_i
 }
 
 void Verifier::look_at_everything(Lock& lock, Image& image) {
-  tables_.begin_looking_at_everything();
   const Header header = *tables_.header();
   const ByteRange l1 = tables_.l1_range();
   std::vector<std::byte> bytes;
   std::vector<std::byte> table(header.cluster_size());
   std::size_t failed = 0;
+  const auto leaves_out = [&](std::uint64_t offset, std::size_t size) {
+    if (sees(image, {offset, offset + size}))
+      return false;
+    left_out_ = true;
+    ++failed;
+    return true;
+  };
+  tables_.begin_looking_at_everything();
   try {
     for (ByteRange rest = l1; !rest.empty(); rest.begin += bytes.size()) {
       bytes.resize(std::min(rest.size(), worth_reading_over));
+      if (leaves_out(rest.begin, bytes.size()))
+        continue;
       read_table(lock, image, rest.begin, bytes);
       for (std::size_t at = 0; at < bytes.size(); at += qcow2::l1_entry_size) {
         const auto offset = qcow2::l2_table_offset(qcow2::l1_entry(bytes, at), header);
-        if (offset) {
+        if (offset && !leaves_out(*offset, table.size())) {
           read_table(lock, image, *offset, table);
           const auto index =
               static_cast<std::uint32_t>((rest.begin - l1.begin + at) / qcow2::l1_entry_size);
@@ -626,7 +693,7 @@ void Verifier::look_at_everything(Lock& lock, Image& image) {
   }
   if (failed > 0)
     tables_.look_at_everything_again();
-  else if (in_progress_.empty()) // who has begun has not kept the tables that he is changing
+  else if (in_progress_.empty() && unnoted_ == 0) // else tables are changing that nobody has kept
     tables_.follow_again();
 }
 
@@ -641,15 +708,14 @@ std::size_t Verifier::look_at(Lock& lock, Image& image, std::span<const Entry> e
   std::size_t failed = 0;
   for (const Entry& entry : entries) {
     const qcow2::CompressedCluster cluster = qcow2::compressed_cluster(entry.value, header);
-    const ByteRange data =
-        ByteRange{cluster.offset, cluster.offset + cluster.length}.intersection(whole);
+    const ByteRange data = claimed(cluster).intersection(whole);
     const std::uint32_t remembered = streams_.size_at(cluster.offset);
     const auto known = failures_.find({entry.l1_index, entry.l2_index});
     if (remembered > 0 && remembered <= data.size()) {
       good(lock, entry, remembered);
       failures_.erase({entry.l1_index, entry.l2_index});
     } else if (known != failures_.end() && known->second.value == entry.value &&
-               !known->second.touched) {
+               known->second.end == data.end && !known->second.touched) {
       known->second.round = round_;
       ++failed;
     } else if (!data.empty() && data.end > readable.end) {
@@ -691,6 +757,8 @@ std::size_t Verifier::read_and_decode(Lock& lock, Image& image,
     all.end = std::max(all.end, candidate.data.end);
 
   watched_ = all;
+  for (const Candidate& candidate : candidates)
+    watched_.end = std::max(watched_.end, claimed(candidate.cluster).end);
   written_while_watched_.clear();
   std::vector<Decoding> decodings(candidates.size());
   try {
@@ -728,7 +796,7 @@ std::size_t Verifier::read_and_decode(Lock& lock, Image& image,
   std::size_t failed = 0;
   for (std::size_t i = 0; i < candidates.size(); ++i) {
     const Candidate& candidate = candidates[i];
-    const bool touched = written_while_watched_.overlaps(candidate.data);
+    const bool touched = written_while_watched_.overlaps(claimed(candidate.cluster));
     if (!decodings[i].whole()) {
       bad(lock, candidate, decodings[i].reason, touched);
       ++failed;
@@ -762,8 +830,8 @@ void Verifier::bad(const Lock& /*lock*/, const Candidate& candidate, const char*
   // Reasons are constants, of which each decoder has one copy.
   failure.reported = same && failure.reported && failure.reason == reason;
   failure.value = candidate.entry.value;
-  // What the file does not have yet may come, too.
-  failure.data = {candidate.cluster.offset, candidate.cluster.offset + candidate.cluster.length};
+  failure.data = claimed(candidate.cluster);
+  failure.end = candidate.data.end;
   failure.reason = reason;
   failure.round = round_;
   failure.touched = touched;

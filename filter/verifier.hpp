@@ -22,7 +22,6 @@
 #include <memory_resource>
 #include <mutex>
 #include <optional>
-#include <set>
 #include <span>
 #include <string>
 #include <utility>
@@ -122,6 +121,12 @@ private:
     bool crossed = false;
   };
   using InProgress = std::list<Progress>;
+  /// A table whose old content is being read.
+  struct Kept {
+    ByteRange range;
+    /// It was changed meanwhile, or may have been.
+    bool changed = false;
+  };
 
 public:
   /// A change of the file, from before it begins until it has been made, or has failed. Does
@@ -217,6 +222,8 @@ private:
   struct Failure {
     std::uint64_t value = 0;
     ByteRange data;
+    /// Where that ended of it which the file had.
+    std::uint64_t end = 0;
     /// As in `qcow2::Decoding`.
     const char* reason = "";
     /// The round in which it was last met.
@@ -243,7 +250,10 @@ private:
   void end_zeroed(InProgress::iterator entry);
   void end_changed(InProgress::iterator entry);
   Progress end_progress(const Lock& lock, InProgress::iterator entry);
+  void begin_unnoted() noexcept;
+  void end_unnoted() noexcept;
   void give_up() noexcept;
+  void give_up(const Lock&) noexcept;
   void shrink(const Lock&) noexcept;
   void forget_streams(const Lock&) noexcept;
   void read_table(Lock& lock, Image& image, std::uint64_t offset, std::span<std::byte> bytes);
@@ -292,8 +302,10 @@ private:
   /// Something that a check follows was changed since its round began.
   bool tables_changed_ = false;
   InProgress in_progress_;
-  /// L1 indices of the tables whose old content is being read.
-  std::set<std::uint32_t> being_kept_;
+  /// By L1 index.
+  std::map<std::uint32_t, Kept> being_kept_;
+  /// How many changes are in progress that could not be noted.
+  std::size_t unnoted_ = 0;
   Jobs jobs_;
   std::uint64_t last_job_ = 0;
   std::size_t waiting_ = 0;

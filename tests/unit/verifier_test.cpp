@@ -8,12 +8,15 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <functional>
 #include <future>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <string>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 using namespace qcowcache;
@@ -46,6 +49,8 @@ std::uint64_t entry_of(std::uint64_t offset, std::uint64_t size) {
 class MemoryImage final : public Verifier::Image {
 public:
   std::optional<qcow2::Header> header() override {
+    if (before_header)
+      std::exchange(before_header, nullptr)();
     const std::lock_guard lock(mutex_);
     return qcow2::parse_header(std::span(bytes).first(qcow2::header_bytes));
   }
@@ -55,8 +60,17 @@ public:
     ++reads;
     if (refuses || unreadable.overlaps({offset, offset + data.size()}))
       throw std::system_error(ENOMEDIUM, std::generic_category(), "refused");
-    const std::lock_guard lock(mutex_);
-    std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(offset), data.size(), data.begin());
+    Meeting now;
+    if (meeting.at.overlaps({offset, offset + data.size()}))
+      now = std::exchange(meeting, {});
+    if (now.before)
+      now.before();
+    {
+      const std::lock_guard lock(mutex_);
+      std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(offset), data.size(), data.begin());
+    }
+    if (now.after)
+      now.after();
   }
   void store(std::uint64_t offset, std::span<const std::byte> data) {
     const std::lock_guard lock(mutex_);
@@ -69,6 +83,15 @@ public:
   ByteRange unreadable;
   /// Of the bytes, where that is not all of them.
   std::optional<std::uint64_t> seen;
+  /// What happens, once, while something there is read: before its bytes are taken, and after.
+  struct Meeting {
+    ByteRange at;
+    std::function<void()> before;
+    std::function<void()> after;
+  };
+  Meeting meeting;
+  /// What happens, once, while the header is read.
+  std::function<void()> before_header;
 
 private:
   std::mutex mutex_;
@@ -143,6 +166,40 @@ Verifier::Settings after(const Verifier& earlier) {
   settings.report = [](const std::string& /*line*/) {};
   return settings;
 }
+
+constexpr std::uint64_t other_at = 6 * cluster;
+
+/// An image that was there before, with one L2 table, which is not in memory.
+struct Opened : Bench {
+  Opened() {
+    Bench made;
+    made.create();
+    image.bytes = made.image.bytes;
+    write(image_size - 10, pattern(10, 1));
+    CHECK(check() == Outcome::clean);
+  }
+  /// Another cache of the file does this.
+  void others_write(std::uint64_t offset, std::span<const std::byte> data) {
+    image.store(offset, data);
+    verifier.forget({offset, offset + data.size()});
+  }
+  /// There is no memory to note the next change, which has to overlap the table at `table`.
+  void fail_to_note(std::uint64_t table) {
+    image.meeting = {{table, table + cluster}, [] { throw std::bad_alloc(); }, {}};
+  }
+  /// The second table of the image, which is not in memory either.
+  void add_table(std::uint64_t offset) {
+    image.store(offset, std::vector<std::byte>(cluster));
+    write(l1_at + 8, number(offset));
+    CHECK(check() == Outcome::clean);
+    budget.set_limit(0);
+    verifier.shrink();
+    budget.set_limit(64U << 20U);
+  }
+};
+
+/// Of a cluster that nobody has written.
+const std::uint64_t bad_entry = entry_of(data_at, 300);
 
 bool says(const std::vector<std::string>& lines, const std::string& text) {
   return std::ranges::any_of(
@@ -493,6 +550,180 @@ TEST_CASE("a replaced table that is being changed is not taken for old", "[verif
   CHECK(bench.check() == Outcome::damaged);
 }
 
+TEST_CASE("a table that changes while its old content is read is not taken for old", "[verifier]") {
+  Opened bench;
+  bench.add_table(other_at);
+  MemoryImage::Meeting meeting{{l2_at, l2_at + cluster}, {}, {}};
+  Outcome expected = Outcome::damaged;
+  SECTION("not at all") {
+    expected = Outcome::clean;
+  }
+  SECTION("by others") {
+    meeting.before = [&] { bench.others_write(l2_at, number(bad_entry)); };
+  }
+  SECTION("having lost its place, which it takes again") {
+    meeting.before = [&] {
+      bench.write(l1_at, number(7 * cluster));
+      bench.publish(0, bad_entry);
+      bench.write(l1_at, number(l2_at));
+    };
+  }
+  SECTION("while all tables are lost, and found again") {
+    meeting.before = [&] {
+      bench.fail_to_note(other_at);
+      bench.write(other_at, number(0));
+      bench.publish(0, bad_entry);
+    };
+    meeting.after = [&] {
+      bench.publish(0, 0);
+      CHECK(bench.check() == Outcome::clean);
+    };
+  }
+  SECTION("into one of larger clusters") {
+    expected = Outcome::clean;
+    meeting.before = [&] {
+      std::vector<std::byte> header(bench.image.bytes.begin(), bench.image.bytes.begin() + 512);
+      const std::uint64_t large = 65536;
+      std::ranges::copy(number(16, 4), header.begin() + 20);
+      std::ranges::copy(number(large), header.begin() + 40);
+      bench.write(0, header);
+      bench.write(large, number(2 * large));
+      bench.image.unreadable = {2 * large, 3 * large};
+      CHECK_THROWS_AS(bench.check(), std::system_error); // it knows the L1 table, but no other
+      bench.image.unreadable = {};
+    };
+  }
+  bench.image.meeting = meeting;
+  bench.publish(9, 0);
+  CHECK(bench.image.meeting.at.empty());
+  if (meeting.after)
+    bench.publish(0, bad_entry);
+  CHECK(bench.check() == expected);
+}
+
+TEST_CASE("an L1 table that others change while it is first read is read once more", "[verifier]") {
+  Bench made;
+  made.create();
+  Opened bench;
+  Verifier verifier(after(bench.verifier), bench.budget);
+  bench.image.meeting.at = {l1_at, l1_at + 8};
+  bench.image.meeting.after = [&] {
+    bench.image.store(l1_at, number(other_at));
+    verifier.forget({l1_at, l1_at + 8});
+  };
+  const auto write = [&](std::uint64_t offset, const std::vector<std::byte>& data) {
+    Verifier::Change change(&verifier, bench.image, {offset, offset + data.size()});
+    bench.image.store(offset, data);
+    change.wrote(data);
+  };
+  write(image_size - 10, pattern(10, 1));
+  CHECK(bench.image.meeting.at.empty());
+  CHECK(verifier.check(bench.image) == Outcome::clean);
+  write(other_at, number(bad_entry));
+  CHECK(verifier.check(bench.image) == Outcome::damaged);
+}
+
+TEST_CASE("where others write during a write nobody knows what is there", "[verifier]") {
+  Opened bench;
+  SECTION("a stream") {
+    const auto stream = deflated(compressible(cluster, 1));
+    {
+      Verifier::Change change(&bench.verifier, bench.image, {data_at, data_at + stream.size()});
+      bench.image.store(data_at, stream);
+      bench.others_write(data_at, std::vector<std::byte>(stream.size(), std::byte{0xff}));
+      CHECK(bench.check() == Outcome::clean);
+      change.wrote(stream);
+    }
+    bench.publish(0, entry_of(data_at, stream.size()));
+  }
+  SECTION("a table") {
+    Verifier::Change change(&bench.verifier, bench.image, {l2_at, l2_at + 8});
+    bench.image.store(l2_at, number(0));
+    bench.others_write(l2_at, number(bad_entry));
+    CHECK(bench.check() == Outcome::damaged);
+    change.wrote(number(0));
+  }
+  CHECK(bench.check() == Outcome::damaged);
+}
+
+TEST_CASE("a change that could not be noted may be anywhere, until it ends", "[verifier]") {
+  Opened bench;
+  const auto stream = deflated(compressible(cluster, 1));
+  SECTION("in a table that another one zeroes") {
+    const std::uint64_t behind = l2_at + cluster;
+    bench.add_table(behind);
+    Verifier::Change zeroing(&bench.verifier, bench.image, {l2_at, behind});
+    bench.image.store(l2_at, std::vector<std::byte>(cluster));
+    {
+      bench.fail_to_note(behind);
+      const Verifier::Change change(&bench.verifier, bench.image, {behind - 8, behind + 8});
+      CHECK(bench.image.meeting.at.empty());
+      bench.image.store(behind - 8, number(bad_entry));
+    }
+    zeroing.zeroed();
+  }
+  SECTION("in a stream that another one writes") {
+    bench.add_table(data_at + cluster);
+    {
+      Verifier::Change writing(&bench.verifier, bench.image, {data_at, data_at + stream.size()});
+      bench.image.store(data_at, stream);
+      {
+        bench.fail_to_note(data_at + cluster);
+        const Verifier::Change change(&bench.verifier, bench.image,
+                                      {data_at, data_at + cluster + 8});
+        CHECK(bench.image.meeting.at.empty());
+        bench.image.store(data_at, std::vector<std::byte>(stream.size(), std::byte{0xff}));
+      }
+      CHECK(bench.check() == Outcome::clean);
+      writing.wrote(stream);
+    }
+    bench.publish(0, entry_of(data_at, stream.size()));
+  }
+  SECTION("in a table that loses its place meanwhile") {
+    bench.fail_to_note(l2_at);
+    const Verifier::Change change(&bench.verifier, bench.image, {l2_at, l2_at + 8});
+    CHECK(bench.image.meeting.at.empty());
+    CHECK(bench.check() == Outcome::clean);
+    bench.image.store(l2_at, number(bad_entry));
+    bench.write(other_at, number(bad_entry));
+    bench.write(l1_at, number(other_at));
+    CHECK(bench.check() == Outcome::damaged);
+  }
+  CHECK(bench.check() == Outcome::damaged);
+}
+
+TEST_CASE("a header that there was no memory to read is read by the next check", "[verifier]") {
+  Opened bench;
+  std::vector<std::byte> header(bench.image.bytes.begin(), bench.image.bytes.begin() + 512);
+  std::ranges::copy(number(8 * cluster), header.begin() + 40); // the L1 table moves
+  bench.write(8 * cluster, number(other_at));
+  bench.write(other_at, number(bad_entry));
+  bench.write(0, header);
+  bench.image.before_header = [] { throw std::bad_alloc(); };
+  CHECK_THROWS_AS(bench.check(), std::bad_alloc);
+  CHECK(bench.check() == Outcome::damaged);
+}
+
+TEST_CASE("tables that are lost while failures are taken over are looked at", "[verifier]") {
+  Bench made;
+  made.create();
+  const auto entries = GENERATE(range(1000U, 1019U)); // in one of these the memory ends
+  const std::uint64_t large_l1 = 16 * cluster;
+  made.image.store(36, number(entries, 4));
+  made.image.store(40, number(large_l1));
+  made.image.store(24, number(entries * 512 * cluster));
+  made.image.store(large_l1, number(l2_at));
+  made.image.store(l2_at, number(bad_entry));
+  Verifier::Settings settings;
+  settings.report = [](const std::string& /*line*/) {};
+  settings.left.failing.push_back({0, 0, bad_entry});
+  MemoryBudget budget(std::size_t{8} * 16384 + 100);
+  Verifier verifier(std::move(settings), budget);
+  made.image.meeting = {{l2_at, l2_at + cluster}, [&] { verifier.forget({l2_at, l2_at + 8}); }, {}};
+  CHECK(verifier.check(made.image) == Outcome::damaged);
+  CHECK(made.image.meeting.at.empty());
+}
+
 TEST_CASE("streams may be decoded by others, or by the check itself", "[verifier]") {
   MemoryBudget budget(64U << 20U);
   MemoryImage image;
@@ -810,6 +1041,95 @@ TEST_CASE("clusters that a client cannot see are checked for one that can", "[ve
   CHECK_FALSE(bench.verifier.left().empty());
   bench.image.seen.reset();
   CHECK(bench.check() == Outcome::damaged);
+}
+
+TEST_CASE("tables that a client cannot see are looked at for one that can", "[verifier]") {
+  constexpr std::uint64_t far = image_size - 4 * cluster;
+  Opened bench;
+  const std::uint64_t all = image_size;
+  SECTION("an L2 table") {
+    bench.write(far, number(bad_entry));
+    bench.write(l1_at, number(far));
+  }
+  SECTION("the L1 table") {
+    bench.write(far, number(other_at));
+    bench.write(other_at, number(bad_entry));
+    bench.write(40, number(far));
+  }
+  SECTION("all of them, when there is no memory to follow them") {
+    bench.budget.set_limit(0);
+    bench.verifier.shrink();
+    bench.write(far, number(bad_entry));
+    bench.write(l1_at, number(far));
+  }
+  SECTION("one whose successor it sees") {
+    bench.write(l1_at + 8, number(far));
+    CHECK(bench.check() == Outcome::clean);
+    bench.budget.set_limit(0);
+    bench.verifier.shrink();
+    bench.budget.set_limit(64U << 20U);
+    bench.image.store(far, number(0));
+    bench.write(other_at, number(bad_entry));
+    bench.write(l1_at + 8, number(other_at));
+    bench.image.seen = all / 2;
+    CHECK(bench.check() == Outcome::damaged);
+    return;
+  }
+  bench.image.seen = all / 2;
+  CHECK(bench.check() == Outcome::clean);
+  CHECK(bench.verifier.has_work());
+  CHECK_FALSE(bench.verifier.left().empty());
+  bench.image.seen.reset();
+  CHECK(bench.check() == Outcome::damaged);
+}
+
+TEST_CASE("tables that the first client cannot see are none that were checked", "[verifier]") {
+  constexpr std::uint64_t far = image_size - 4 * cluster;
+  Bench made;
+  made.create();
+  made.write(far, number(bad_entry));
+  const bool l1 = GENERATE(true, false);
+  if (l1) { // the L1 table is there
+    made.write(far + cluster, number(far));
+    made.write(40, number(far + cluster));
+  } else {
+    made.write(l1_at, number(far));
+  }
+  CHECK(made.check() == Outcome::damaged);
+  Verifier verifier(after(made.verifier), made.budget);
+  made.image.seen = image_size / 2;
+  CHECK(verifier.check(made.image) == Outcome::clean);
+  CHECK_FALSE(verifier.left().empty());
+  made.image.seen.reset();
+  CHECK(verifier.check(made.image) == Outcome::damaged);
+}
+
+TEST_CASE("no verdict on what the file did not have lasts longer than that", "[verifier]") {
+  Opened bench;
+  const auto stream = deflated(compressible(cluster, 1));
+  std::uint64_t at = image_size;
+  SECTION("its end arrives while its begin is looked at") {
+    at -= 512;
+    bench.image.store(at, std::span(stream).first(512));
+    bench.image.meeting.at = {at, image_size};
+    bench.image.meeting.after = [&] {
+      bench.image.bytes.resize(image_size + 2 * cluster);
+      bench.write(image_size, std::span(stream).subspan(512));
+    };
+    bench.publish(0, entry_of(at, stream.size()));
+    CHECK(bench.check() == Outcome::damaged);
+  }
+  SECTION("it is in what only a larger client has") {
+    bench.image.bytes.resize(image_size + 2 * cluster);
+    bench.write(at, std::span(stream).first(100)); // in two pieces, so that nobody knows it
+    bench.write(at + 100, std::span(stream).subspan(100));
+    bench.image.bytes.resize(image_size);
+    bench.publish(0, entry_of(at, stream.size()));
+    CHECK(bench.check() == Outcome::damaged);
+    bench.image.bytes.resize(image_size + 2 * cluster);
+    bench.image.store(at, stream);
+  }
+  CHECK(bench.check() == Outcome::clean);
 }
 
 TEST_CASE("a cluster past the end of the file is good when the file has grown", "[verifier]") {
