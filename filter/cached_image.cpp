@@ -7,8 +7,8 @@ namespace qcowcache {
 
 std::optional<qcow2::Header> CachedImage::header() {
   cache_.learn_layout(storage_);
-  if (cache_.knows_header())
-    return cache_.header();
+  if (const WriteCache::KnownHeader found = cache_.header(); found.known)
+    return found.header;
   // Where nothing is cached the cache does not look.
   std::array<std::byte, qcow2::header_bytes> bytes{};
   const std::span<std::byte> there =

@@ -94,11 +94,12 @@ std::shared_ptr<WriteCache> Export::make_cache(const Capabilities& capabilities)
     self->source = source;
     settings_.writeback->add(source);
   }
+  budget_.add_holder(cache);
+  caches_.reserve(caches_.size() + 1); // what an earlier verifier left is not taken for nothing
   Entry entry{cache, source, nullptr, {}};
   if (settings_.verify)
     add_verifier(entry, capabilities);
   caches_.push_back(std::move(entry));
-  budget_.add_holder(cache);
   return cache;
 }
 
@@ -119,14 +120,14 @@ void Export::add_verifier(Entry& entry, const Capabilities& capabilities) {
   if (capabilities.can_multi_conn)
     settings.left = left_;
   entry.verifier = std::make_shared<Verifier>(std::move(settings), budget_);
-  if (capabilities.can_multi_conn)
-    left_ = {}; // the verifier's from here on, until it is removed
   if (settings_.writeback != nullptr) {
     const auto decoding = std::make_shared<Decoding>(entry.verifier);
     *self = decoding;
     entry.decoding = decoding;
     settings_.writeback->add(decoding);
   }
+  if (capabilities.can_multi_conn)
+    left_ = {}; // the verifier's from here on, until it is removed
 }
 
 void Export::remove_verifier(Entry& entry) {
@@ -138,10 +139,14 @@ void Export::remove_verifier(Entry& entry) {
   entry.verifier.reset();
 }
 
-std::shared_ptr<Verifier> Export::verifier_of(const WriteCache* cache) const {
+std::vector<Export::Entry>::iterator Export::entry_of(const WriteCache* cache) {
+  return std::ranges::find_if(caches_,
+                              [cache](const Entry& each) { return each.cache.get() == cache; });
+}
+
+std::shared_ptr<Verifier> Export::verifier_of(const WriteCache* cache) {
   const std::lock_guard lock(mutex_);
-  const auto entry = std::ranges::find_if(
-      caches_, [cache](const Entry& each) { return each.cache.get() == cache; });
+  const auto entry = entry_of(cache);
   return entry == caches_.end() ? nullptr : entry->verifier;
 }
 
@@ -159,6 +164,9 @@ std::shared_ptr<WriteCache> Export::attach(const std::shared_ptr<Handle>& handle
     }
     if (!shared_cache_)
       shared_cache_ = make_cache(capabilities);
+    Entry& entry = *entry_of(shared_cache_.get());
+    if (settings_.verify && !entry.verifier)
+      add_verifier(entry, capabilities);
     cache = shared_cache_;
   }
   handle->count_in(cache->counters());
@@ -183,26 +191,22 @@ void Export::detach(const std::shared_ptr<Handle>& handle,
     if (cache->unsaved().bytes == 0) {
       remove(cache.get());
     } else if (settings_.verify) {
-      // The next connection finds the image as it is then.
-      const auto entry = std::ranges::find_if(
-          caches_, [&](const Entry& each) { return each.cache == shared_cache_; });
-      remove_verifier(*entry);
-      add_verifier(*entry, handle->capabilities());
+      // The next connection brings another, which finds the image as it is then.
+      remove_verifier(*entry_of(shared_cache_.get()));
     }
   }
 }
 
 void Export::remove(const WriteCache* removed) {
-  const auto is_removed = [removed](const Entry& entry) { return entry.cache.get() == removed; };
-  const auto entry = std::ranges::find_if(caches_, is_removed);
+  const auto entry = entry_of(removed);
   if (entry != caches_.end()) {
     if (const std::shared_ptr<Writeback::Source> source = entry->source.lock())
       settings_.writeback->remove(source);
     remove_verifier(*entry);
+    caches_.erase(entry);
   }
   if (shared_cache_.get() == removed)
     shared_cache_.reset();
-  std::erase_if(caches_, is_removed);
 }
 
 std::optional<Handle::Use> Export::borrow(const WriteCache& cache,

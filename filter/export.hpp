@@ -61,7 +61,7 @@ public:
   /// A connection begins; returns its cache.
   std::shared_ptr<WriteCache> attach(const std::shared_ptr<Handle>& handle);
   /// Who checks what is written through the cache; nullptr: nobody.
-  [[nodiscard]] std::shared_ptr<Verifier> verifier_of(const WriteCache* cache) const;
+  [[nodiscard]] std::shared_ptr<Verifier> verifier_of(const WriteCache* cache);
   /// It ends. With the last connection of a cache goes what the cache has learned; bytes that
   /// storage refused stay for the next connection where the cache is shared, for an export of the
   /// same size, and are reported lost where it is not. REQUIRES: the handle is retired.
@@ -98,6 +98,7 @@ private:
   class Source;
   class Decoding;
 
+  [[nodiscard]] std::vector<Entry>::iterator entry_of(const WriteCache* cache);
   void follow_size();
   std::shared_ptr<WriteCache> make_cache(const Capabilities& capabilities);
   void report_lost(const WriteCache& cache) const;

@@ -338,7 +338,7 @@ int filter_pread(nbdkit_next* /*next*/, void* handle, void* buffer, std::uint32_
     const std::span data{static_cast<std::byte*>(buffer), count};
     in_use.cache.read(in_use.use.storage(), offset, data);
     if (in_use.verifier != nullptr)
-      in_use.verifier->client_read([&] { return in_use.cache.header(); }, offset, data);
+      in_use.verifier->client_read([&] { return in_use.cache.header().header; }, offset, data);
   });
 }
 

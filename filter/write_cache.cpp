@@ -372,14 +372,9 @@ void WriteCache::keep_header(const Lock& lock, std::span<const std::byte> data) 
   }
 }
 
-bool WriteCache::knows_header() const {
+WriteCache::KnownHeader WriteCache::header() const {
   const Lock lock(mutex_);
-  return header_.complete(size_);
-}
-
-std::optional<qcow2::Header> WriteCache::header() const {
-  const Lock lock(mutex_);
-  return header_.header(size_);
+  return {header_.complete(size_), header_.header(size_)};
 }
 
 void WriteCache::learn_zeros(Storage& storage, const ByteRange& range) {

@@ -189,8 +189,11 @@ public:
   /// until the next connection begins or a client writes to it.
   void learn_layout(Storage& storage);
   /// Whether all bytes where a header would be are known, and the header that they are, if any.
-  [[nodiscard]] bool knows_header() const;
-  [[nodiscard]] std::optional<qcow2::Header> header() const;
+  struct KnownHeader {
+    bool known = false;
+    std::optional<qcow2::Header> header;
+  };
+  [[nodiscard]] KnownHeader header() const;
   /// Drops everything but unsaved bytes: the next connection finds storage as it is.
   void forget_all();
 
