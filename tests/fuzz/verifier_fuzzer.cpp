@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -53,13 +54,22 @@ public:
     if (data.empty() || offset + data.size() > bytes.size())
       throw fuzz::Broken("a read past the end of the image, or of nothing");
     refuse_if_told();
+    const bool meeting = reads_until_meeting > 0 && --reads_until_meeting == 0;
+    if (meeting && !meets_after)
+      meet();
     copy_bytes(std::span(bytes).subspan(offset, data.size()), data.begin());
+    if (meeting && meets_after)
+      meet();
   }
 
   std::vector<std::byte> bytes;
   /// After so many reads one is refused; 0: none.
   std::uint64_t reads_until_refusal = 0;
   bool refused = false;
+  /// In so many reads `meet` is called, before its bytes are taken or after; 0: in none.
+  std::uint64_t reads_until_meeting = 0;
+  bool meets_after = false;
+  std::function<void()> meet;
 
 private:
   void refuse_if_told() {
@@ -110,6 +120,7 @@ public:
       require(budget_.used() <= std::max(used, budget_.limit()), "more memory than allowed");
     }
     image_.reads_until_refusal = 0;
+    image_.reads_until_meeting = 0;
     check();
     verifier_.reset();
     require(budget_.used() == 0, "memory is in use for nothing");
@@ -136,6 +147,12 @@ private:
     memory,
     decode,
     many_entries,
+  };
+
+  /// Ends it.
+  struct Opening {
+    bool& opening;
+    ~Opening() { opening = false; }
   };
 
   static void require(bool condition, const char* what) {
@@ -205,10 +222,15 @@ private:
       check();
       break;
     case Step::refuse:
-      image_.reads_until_refusal = input_.number(1) % 8;
+      if (const std::uint64_t chosen = input_.number(1); chosen < 128)
+        image_.reads_until_refusal = chosen % 8;
+      else
+        meet_later(chosen % 16);
       break;
     case Step::reconnect:
       check(); // as whoever leaves does
+      if (met_)
+        check(); // others go on, and know what they did meanwhile
       start(verifier_->left());
       break;
     case Step::memory:
@@ -268,7 +290,8 @@ private:
     copy_bytes(data, image_.bytes.begin() + static_cast<std::ptrdiff_t>(offset));
   }
   Change begin_change(const ByteRange& range) {
-    unused_ = false;
+    opening_ = std::exchange(unused_, false);
+    const Opening opening{opening_};
     return {verifier_.get(), image_, range};
   }
   void write(std::uint64_t offset, std::span<const std::byte> data) {
@@ -287,25 +310,51 @@ private:
     const ByteRange range = some_range();
     write(range.begin, pattern(range.size(), static_cast<unsigned>(input_.number(1))));
   }
-  void scribble(const ByteRange& range) {
-    if (input_.yes())
-      store(range.begin, pattern(range.size(), static_cast<unsigned>(input_.number(1))));
-    else
-      store(range.begin, std::vector<std::byte>(range.size()));
+  std::vector<std::byte> some_bytes(std::size_t size) {
+    return input_.yes() ? pattern(size, static_cast<unsigned>(input_.number(1)))
+                        : std::vector<std::byte>(size);
   }
   void change_by_others(const ByteRange& range) {
-    scribble(range);
+    change_by_others(range, some_bytes(range.size()));
+  }
+  void change_by_others(const ByteRange& range, std::span<const std::byte> data) {
+    store(range.begin, data);
     verifier_->forget(range);
-    if (!unused_)
-      return;
     // Before its first change a verifier takes what is there for old.
-    const Found found = look();
-    known_.insert(found.bad.begin(), found.bad.end());
+    if (unused_ || opening_)
+      know(true);
+  }
+  /// Others change the file in the middle of a read.
+  void meet_later(std::uint64_t chosen) {
+    image_.reads_until_meeting = 1 + chosen / 2;
+    image_.meets_after = chosen % 2 != 0;
+    ByteRange range;
+    std::vector<std::byte> data;
+    switch (input_.number(1) % 3) {
+    case 0:
+      range.begin = l1_at_ + input_.number(1) % l1_entries * 8;
+      data = number_bytes(some_table(true), 8);
+      break;
+    case 1:
+      range.begin = some_entry_offset();
+      data = number_bytes(some_entry(), 8);
+      break;
+    default:
+      range = some_range();
+      data = pattern(range.size(), 7);
+      break;
+    }
+    range.end = range.begin + data.size();
+    image_.meet = [this, range, data] {
+      met_ = true;
+      know(false); // a check may have looked at it already
+      change_by_others(range, data);
+    };
   }
   /// As a write that fails after it has written something.
   void change_without_a_word(const ByteRange& range) {
     const Change change = begin_change(range);
-    scribble(range);
+    store(range.begin, some_bytes(range.size()));
   }
   /// Two writes at once, the bytes of either being there afterwards.
   void write_crossing() {
@@ -361,6 +410,15 @@ private:
     std::set<Place> bad;
   };
 
+  /// No check needs to look at what is good now, or at all that is there.
+  Found know(bool all) {
+    Found found = look();
+    known_.insert(found.good.begin(), found.good.end());
+    if (all)
+      known_.insert(found.bad.begin(), found.bad.end());
+    return found;
+  }
+
   Found look() {
     Found found;
     const auto header = qcow2::parse_header(std::span(image_.bytes).first(qcow2::header_bytes));
@@ -404,15 +462,17 @@ private:
   /// `changing`: of what is being changed a check may see either state.
   void check(bool changing = false) {
     image_.refused = false;
+    met_ = false;
+    opening_ = unused_;
     std::optional<Outcome> outcome;
     try {
       outcome = verifier_->check(image_);
     } catch (const std::system_error&) {
       require(image_.refused, "a check failed, and no read had");
     }
-    const Found found = look();
-    known_.insert(found.good.begin(), found.good.end());
-    if (!outcome || changing)
+    opening_ = false;
+    const Found found = know(false);
+    if (!outcome || changing || met_)
       return;
     if (*outcome == Outcome::damaged) {
       require(!found.bad.empty(), "a false alarm");
@@ -439,6 +499,10 @@ private:
   std::set<Place> known_;
   /// The verifier has seen no change.
   bool unused_ = true;
+  /// It is seeing the first one.
+  bool opening_ = false;
+  /// Others changed the file during the last check.
+  bool met_ = false;
   qcow2::Decompressor decoder_;
 };
 
