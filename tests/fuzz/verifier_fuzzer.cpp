@@ -114,7 +114,7 @@ public:
 
   void run() {
     write_header();
-    for (std::size_t i = 0; i < most_steps && !input_.empty(); ++i) {
+    for (std::size_t i = 0; i < most_steps && !input_.empty() && !outsized_; ++i) {
       const std::size_t used = budget_.used();
       step();
       require(budget_.used() <= std::max(used, budget_.limit()), "more memory than allowed");
@@ -424,7 +424,10 @@ private:
     const auto header = qcow2::parse_header(std::span(image_.bytes).first(qcow2::header_bytes));
     if (!header || header->unknown_features)
       return found;
-    // Other headers than ours are rare, and tables of theirs would be many.
+    // What was written over the header may claim millions of tables, which is only slow.
+    outsized_ = outsized_ || header->l1.entries > l1_entries;
+    if (outsized_)
+      return found;
     const std::uint64_t size = image_.size();
     const auto bytes_at = [&](std::uint64_t at, std::uint64_t count) {
       const ByteRange inside = ByteRange{at, at + count}.intersection({0, size});
@@ -472,7 +475,7 @@ private:
     }
     opening_ = false;
     const Found found = know(false);
-    if (!outcome || changing || met_)
+    if (!outcome || changing || met_ || outsized_)
       return;
     if (*outcome == Outcome::damaged) {
       require(!found.bad.empty(), "a false alarm");
@@ -501,6 +504,8 @@ private:
   bool unused_ = true;
   /// It is seeing the first one.
   bool opening_ = false;
+  /// The model does not follow the image any more.
+  bool outsized_ = false;
   /// Others changed the file during the last check.
   bool met_ = false;
   qcow2::Decompressor decoder_;
