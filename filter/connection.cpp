@@ -10,18 +10,39 @@
 
 namespace qcowcache {
 
-void Connection::begin(std::unique_ptr<Storage> storage) {
-  handle_ = std::make_shared<Handle>(std::move(storage));
-  membership_ = exports_.attach(export_name_, handle_);
-  membership_.cache->learn_layout(handle_->use()->storage());
+Image& Connection::enter(Access access) {
+  const std::lock_guard lock(entering_);
+  const std::shared_ptr<Image> present = images_.empty() ? nullptr : images_.back();
+  if (ended_)
+    throw std::system_error(ESHUTDOWN, std::generic_category(), "the connection has ended");
+  // Another request may have seen to it meanwhile.
+  if (present && !handle_->is_guest())
+    return *present;
+  if (!export_)
+    export_ = exports_.visit(export_name_);
+  images_.reserve(images_.size() + 1);
+  Export::Entered entered = export_->enter(handle_, present, access == Access::changes);
+  changes_seen_ = entered.changes_seen;
+  if (entered.image != present) {
+    images_.push_back(std::move(entered.image));
+    image_.store(images_.back().get(), std::memory_order_release);
+  }
+  return *images_.back();
 }
 
-std::optional<Connection::InUse> Connection::in_use_if_any() {
-  std::optional<Handle::Use> use = handle_ ? handle_->use() : std::nullopt;
+Connection::InUse Connection::in_use(Access access) {
+  std::optional<Handle::Use> use = storage_if_any();
   if (!use)
-    return std::nullopt;
-  handle_->show();
-  return InUse{*membership_.cache, std::move(*use), membership_.verifier.get()};
+    throw std::system_error(ESHUTDOWN, std::generic_category(), "the connection has ended");
+  Image* image = this->image();
+  const bool changes = access == Access::changes;
+  const bool known =
+      image != nullptr && (!handle_->is_guest() || image->admits_guest(changes, changes_seen_));
+  if (!known)
+    image = &enter(access);
+  if (changes && !has_changed_.load(std::memory_order_relaxed))
+    has_changed_ = true;
+  return InUse{image->cache(), std::move(*use), image->verifier()};
 }
 
 Verifier::Outcome Connection::InUse::check() const {
@@ -29,13 +50,6 @@ Verifier::Outcome Connection::InUse::check() const {
     return Verifier::Outcome::clean;
   CachedImage image(cache, use.storage());
   return verifier->check(image);
-}
-
-Connection::InUse Connection::in_use() {
-  std::optional<InUse> storage = in_use_if_any();
-  if (!storage)
-    throw std::system_error(ESHUTDOWN, std::generic_category(), "the connection has ended");
-  return std::move(*storage);
 }
 
 /// There is nobody to tell but the operator.
@@ -48,19 +62,24 @@ void Connection::check_at_end(const InUse& storage) {
 }
 
 void Connection::drain() noexcept {
-  if (ended_ || !membership_.cache)
+  // What a connection wrote that is a guest now is on storage.
+  if (ended_ || !has_changed_ || handle_->is_guest())
     return;
-  const auto write_all = [this]() noexcept {
+  Image& image = *this->image();
+  const auto write_all = [&]() noexcept {
     try {
-      const InUse storage = in_use();
-      storage.cache.drain(storage.use.storage());
-      check_at_end(storage);
+      std::optional<Handle::Use> use = handle_->use();
+      if (!use)
+        return;
+      const InUse in_use{image.cache(), std::move(*use), image.verifier()};
+      in_use.cache.drain(in_use.use.storage());
+      check_at_end(in_use);
     } catch (const std::exception&) {
       // What is left is found, and reported, by whoever looks at the cache next.
     }
   };
-  const bool unchecked = membership_.verifier && membership_.verifier->has_work();
-  if (!capabilities().can_write || (membership_.cache->clean() && !unchecked))
+  const bool unchecked = image.verifier() != nullptr && image.verifier()->has_work();
+  if (!capabilities().can_write || (image.cache().clean() && !unchecked))
     return;
   // Filters that sleep refuse to do so in a thread that serves a client once the client is gone.
   try {
@@ -71,11 +90,14 @@ void Connection::drain() noexcept {
 }
 
 void Connection::end() noexcept {
-  if (!membership_.cache || ended_.exchange(true))
+  if (!handle_ || ended_.exchange(true))
     return;
   handle_->retire();
+  const std::lock_guard lock(entering_);
+  if (!export_)
+    return;
   try {
-    exports_.detach(membership_, handle_);
+    exports_.leave(export_, *handle_, images_.empty() ? nullptr : images_.back());
   } catch (const std::bad_alloc&) {
     // The export keeps a connection that is of no use to anybody, and its bytes with it.
   }

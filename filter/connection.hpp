@@ -4,14 +4,20 @@
 #include "handle.hpp"
 
 #include <atomic>
+#include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace qcowcache {
 
-/// One client's connection: nbdkit's handle. Begins with .open, uses storage from .prepare until
+/// One client's connection: nbdkit's handle. Begins with .open, may use storage from .prepare until
 /// .finalize or .close, whichever comes first; both may come, more than once, or only one of them.
+///
+/// Until its first data request it is an onlooker: it reads nothing, and nothing is kept or written
+/// for its sake.
 class Connection {
 public:
   /// The exports outlive the connection.
@@ -21,17 +27,21 @@ public:
   Connection& operator=(const Connection&) = delete;
   ~Connection() = default;
 
-  /// Joins the export, and looks for a qcow2 header.
-  void begin(std::unique_ptr<Storage> storage);
+  /// Storage can be used from now on.
+  void begin(std::unique_ptr<Storage> storage) {
+    handle_ = std::make_shared<Handle>(std::move(storage));
+  }
 
-  /// Hands over what is dirty. Storage's refusals are for `Export::detach` to report.
+  /// Hands over what it wrote. Storage's refusals are for `Exports::leave` to report.
   void drain() noexcept;
 
   /// Leaves the export: no use of storage begins after this returns. Does nothing when called
   /// again.
   void end() noexcept;
 
-  /// The cache and a storage to use with it. Throws ESHUTDOWN before `begin` and after `end`.
+  /// What a request does.
+  enum class Access { reads, changes };
+  /// The image and a storage to use with it.
   struct InUse {
     WriteCache& cache;
     Handle::Use use;
@@ -42,9 +52,13 @@ public:
     /// when storage cannot be read.
     [[nodiscard]] Verifier::Outcome check() const;
   };
-  [[nodiscard]] InUse in_use();
-  /// The same, but nothing before `begin` and after `end`.
-  [[nodiscard]] std::optional<InUse> in_use_if_any();
+  /// Joins the image that the request is for. Throws ESHUTDOWN before `begin` and after `end`, and
+  /// storage's error when it has to be compared and cannot be read.
+  [[nodiscard]] InUse in_use(Access access);
+  /// Storage alone, for a hint; nothing before `begin` and after `end`.
+  [[nodiscard]] std::optional<Handle::Use> storage_if_any() {
+    return handle_ ? handle_->use() : std::nullopt;
+  }
 
   /// As storage said of itself. REQUIRES: `begin` has returned.
   [[nodiscard]] const Capabilities& capabilities() const noexcept {
@@ -52,15 +66,26 @@ public:
   }
   /// As the client asked for it.
   [[nodiscard]] const std::string& export_name() const noexcept { return export_name_; }
-  [[nodiscard]] const WriteCache& cache() const noexcept { return *membership_.cache; }
+  /// nullptr: an onlooker.
+  [[nodiscard]] Image* image() const noexcept { return image_.load(std::memory_order_acquire); }
 
 private:
+  Image& enter(Access access);
   static void check_at_end(const InUse& storage);
 
   Exports& exports_;
   const std::string export_name_;
   std::shared_ptr<Handle> handle_;
-  Exports::Membership membership_;
+
+  /// Held while an image is joined, over calls into storage: requests of the same connection wait.
+  std::mutex entering_;
+  std::shared_ptr<Export> export_;
+  /// All that it has ever used, the last one now: a request may still be busy with an earlier one.
+  std::vector<std::shared_ptr<Image>> images_;
+  std::atomic<Image*> image_ = nullptr;
+  /// How far the cache's changes were seen when the image was last compared.
+  std::atomic<std::uint64_t> changes_seen_ = 0;
+  std::atomic<bool> has_changed_ = false;
   std::atomic<bool> ended_ = false;
 };
 

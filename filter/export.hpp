@@ -1,79 +1,61 @@
 #pragma once
 
-#include "events.hpp"
 #include "handle.hpp"
+#include "image.hpp"
 #include "memory_budget.hpp"
 #include "range_lock.hpp"
-#include "statistics.hpp"
 #include "verifier.hpp"
-#include "write_cache.hpp"
-#include "writeback.hpp"
 
-#include <chrono>
+#include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <string>
 #include <vector>
 
 namespace qcowcache {
 
-/// One export name: who is connected to it, who owns which of its bytes, and its caches.
+/// One export name: who owns which bytes, and the images that its connections see.
 ///
-/// Connections to storage that says multi-conn share one cache. Others may see another disk under
-/// the same name each, so each has a cache of its own; but since they may as well see the same
-/// disk, the range lock is common to all, and what one changes the others forget.
+/// Connections to storage that says multi-conn share an image as far as they see the same disk.
+/// Others may see another disk under the same name each, so each has an image of its own; but since
+/// they may as well see the same disk, the range lock is common to all, and what one changes the
+/// others forget.
 ///
 /// Thread safe.
 class Export : public std::enable_shared_from_this<Export> {
 public:
-  struct Settings {
-    /// As in `WriteCache::Settings`.
-    std::optional<std::uint64_t> cluster_size;
-    std::uint64_t max_write = std::uint64_t{1024} * 1024;
-    std::optional<std::chrono::milliseconds> expire;
-    /// The background writers, which outlive the export; nullptr: requests write themselves.
-    Writeback* writeback = nullptr;
-    /// Tells the operator of bytes that were acknowledged and are lost. Must not throw.
-    std::function<void(const std::string& export_name, const Unsaved& lost)> report_loss;
-    /// Where caches count, which outlives the export; nullptr: each for itself.
-    Statistics* statistics = nullptr;
-    Events events{};
-    /// Whether compressed clusters are checked, and how long a check waits for late data.
-    bool verify = false;
-    std::chrono::milliseconds patience{0};
-    /// Tells the operator of a cluster that cannot be read. Must not throw.
-    std::function<void(const std::string& export_name, const std::string& line)> report_damage = {};
-    /// As in `WriteCache::Settings`.
-    std::chrono::milliseconds retry = WriteCache::Settings().retry;
-    /// Who decodes compressed clusters, for all exports.
-    std::shared_ptr<DecompressorPool> decompressors = std::make_shared<DecompressorPool>();
-  };
+  using Settings = Image::Settings;
 
   /// The budget outlives the export. `left` is what is known of its clusters from earlier.
   Export(std::string name, Settings settings, MemoryBudget& budget, Verifier::Left left = {})
       : name_(std::move(name)), settings_(std::move(settings)), budget_(budget),
         left_(std::move(left)) {}
+  Export(const Export&) = delete;
+  Export& operator=(const Export&) = delete;
+  ~Export();
 
-  /// A connection begins; returns its cache.
-  std::shared_ptr<WriteCache> attach(const std::shared_ptr<Handle>& handle);
-  /// Who checks what is written through the cache; nullptr: nobody.
-  [[nodiscard]] std::shared_ptr<Verifier> verifier_of(const WriteCache* cache);
-  /// It ends. With the last connection of a cache goes what the cache has learned; bytes that
-  /// storage refused stay for the next connection where the cache is shared, for an export of the
-  /// same size, and are reported lost where it is not. REQUIRES: the handle is retired.
-  void detach(const std::shared_ptr<Handle>& handle, const std::shared_ptr<WriteCache>& cache);
-
-  /// A connection whose storage can take the unit that `cache` wants written: the one that last
-  /// wrote to it, or another when storage refused it there; nothing when there is none.
-  std::optional<Handle::Use> borrow(const WriteCache& cache, const WriteCache::Next& next) const;
+  struct Entered {
+    std::shared_ptr<Image> image;
+    /// `WriteCache::changes` of its cache, when it had not been compared yet.
+    std::uint64_t changes_seen = 0;
+  };
+  /// The image for a connection's data request, which `changes` something or only reads; `present`
+  /// is the one that it uses already, if any. The connection uses it from now on.
+  ///
+  /// Calls storage, where there is something to compare: throws its error when it cannot be read.
+  /// REQUIRES: one call at a time for each handle; no mutex is held.
+  Entered enter(const std::shared_ptr<Handle>& handle, const std::shared_ptr<Image>& present,
+                bool changes);
+  /// It ends. With the last connection of an image goes what was learned; bytes that storage
+  /// refused stay for the next connection to the same disk where connections share it, and are
+  /// reported lost where they do not. REQUIRES: the handle is retired.
+  void leave(const Handle& handle, const std::shared_ptr<Image>& present);
 
   /// What an export is needed for.
   enum class Need {
-    /// Somebody is connected, or bytes are left that storage refused.
+    /// Somebody uses an image, or bytes are left that storage refused.
     use,
     /// Clusters are left that cannot be read, and nothing else is.
     failures,
@@ -84,30 +66,23 @@ public:
   void report_left() const;
 
 private:
-  struct Member {
-    std::shared_ptr<Handle> handle;
-    std::shared_ptr<WriteCache> cache;
-  };
-  struct Entry {
-    std::shared_ptr<WriteCache> cache;
-    /// Owned by the background writers.
-    std::weak_ptr<Writeback::Source> source;
-    std::shared_ptr<Verifier> verifier;
-    std::weak_ptr<Writeback::Source> decoding;
-  };
-  class Source;
-  class Decoding;
+  using Images = std::vector<std::shared_ptr<Image>>;
 
-  [[nodiscard]] std::vector<Entry>::iterator entry_of(const WriteCache* cache);
-  void follow_size();
-  std::shared_ptr<WriteCache> make_cache(const Capabilities& capabilities);
-  void report_lost(const WriteCache& cache) const;
-  void add_verifier(Entry& entry, const Capabilities& capabilities);
-  void remove_verifier(Entry& entry);
-  void remove(const WriteCache* removed);
-  void changed_storage(const WriteCache* by, const ByteRange& range) const;
-  /// The size that the largest connection sees which shares the cache; nothing when there is none.
-  [[nodiscard]] std::optional<std::uint64_t> shared_size() const;
+  /// What comparing with the images has come to.
+  struct Comparison {
+    std::shared_ptr<Image> image;
+    Image::Standing standing = Image::Standing::stranger;
+    std::uint64_t changes_seen = 0;
+    /// Those in which the connection is a stranger.
+    Images others;
+  };
+
+  [[nodiscard]] static Comparison compare(Images candidates, Handle& handle,
+                                          const std::shared_ptr<Image>& present, bool changes);
+  [[nodiscard]] std::shared_ptr<Image> make_image(const Capabilities& capabilities);
+  void remove(const std::shared_ptr<Image>& image);
+  void leave_image(const Handle& handle, const std::shared_ptr<Image>& image);
+  void changed_storage(const Image& by, const ByteRange& range) const;
 
   const std::string name_;
   const Settings settings_;
@@ -115,15 +90,16 @@ private:
   RangeLock ranges_;
 
   mutable std::mutex mutex_;
-  std::vector<Member> members_;
-  std::vector<Entry> caches_;
-  std::shared_ptr<WriteCache> shared_cache_;
-  /// What could not be read when the last connection of the shared cache ended.
+  /// Those that connections may share, the latest first, and the others.
+  Images shared_;
+  Images own_;
+  /// Grows when an image comes, goes, or is founded anew: comparisons made before count no more.
+  std::uint64_t version_ = 0;
+  /// What could not be read when the last connection of a shared image ended.
   Verifier::Left left_;
 };
 
-/// All exports that somebody is connected to, or that have bytes left, or clusters that cannot be
-/// read.
+/// All exports that somebody uses, or that have bytes left, or clusters that cannot be read.
 ///
 /// Clients choose names: so no more than 64 are kept for such clusters only. When there would be
 /// more the operator is told, and from then on all clusters of an export are looked at when it
@@ -135,25 +111,26 @@ public:
   Exports(Export::Settings settings, MemoryBudget& budget)
       : settings_(std::move(settings)), budget_(budget) {}
 
-  struct Membership {
-    std::shared_ptr<Export> of;
-    std::shared_ptr<WriteCache> cache;
-    std::shared_ptr<Verifier> verifier;
-  };
-  Membership attach(const std::string& name, const std::shared_ptr<Handle>& handle);
-  void detach(const Membership& membership, const std::shared_ptr<Handle>& handle);
+  /// The export of that name, which stays until `leave`.
+  std::shared_ptr<Export> visit(const std::string& name);
+  /// Ends the visit, and the use of the image, if any. REQUIRES: as `Export::leave`.
+  void leave(const std::shared_ptr<Export>& visited, const Handle& handle,
+             const std::shared_ptr<Image>& image);
   void report_left() const;
 
 private:
+  struct Entry {
+    std::shared_ptr<Export> of;
+    std::size_t visitors = 0;
+  };
+
   /// Whether no more exports than allowed are kept for their failures.
   [[nodiscard]] bool may_keep_failures() const;
 
   const Export::Settings settings_;
   MemoryBudget& budget_;
-  /// Held while somebody attaches or detaches, so that no export is dropped between being found and
-  /// being used: two exports of one name would not know of each other's ranges.
   mutable std::mutex mutex_;
-  std::map<std::string, std::shared_ptr<Export>> exports_;
+  std::map<std::string, Entry> exports_;
   /// An export is gone whose clusters could not all be read, and nobody knows which one it was.
   bool forgotten_ = false;
 };

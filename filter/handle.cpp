@@ -10,10 +10,6 @@ std::optional<Handle::Use> Handle::use() {
   return Use(*this);
 }
 
-std::optional<Handle::Use> Handle::borrow() {
-  return shown_.load(std::memory_order_acquire) ? use() : std::nullopt;
-}
-
 void Handle::end_use() noexcept {
   const std::lock_guard lock(mutex_);
   --users_;

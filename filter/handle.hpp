@@ -2,7 +2,7 @@
 
 #include "storage.hpp"
 
-#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -37,18 +37,20 @@ public:
 
   explicit Handle(std::unique_ptr<Storage> storage) noexcept : storage_(std::move(storage)) {}
 
-  /// For the connection itself. Nothing once the handle is retired.
+  /// A moment after storage was opened: what is written later by others can be seen through it only
+  /// if it is the same disk.
+  [[nodiscard]] std::chrono::steady_clock::time_point opened() const noexcept { return opened_; }
+
+  /// Nothing once the handle is retired. REQUIRES: the caller is the connection itself, or the
+  /// connection has made a data request; before that nbdkit may still be busy preparing it.
   [[nodiscard]] std::optional<Use> use();
-  /// For others, who may have it once the connection has made its first data request (`show`):
-  /// before that nbdkit may still be busy preparing it.
-  [[nodiscard]] std::optional<Use> borrow();
-  void show() noexcept { shown_.store(true, std::memory_order_release); }
   /// Allows no new use and waits until the last one has ended. May be called again.
   void retire() noexcept;
 
-  /// As `Storage::count_in`. REQUIRES: not shown yet.
+  /// As `Storage::count_in`, the first time; later calls change nothing.
   void count_in(std::shared_ptr<Counters> counters) noexcept {
-    storage_->count_in(std::move(counters));
+    if (!std::exchange(counted_, true))
+      storage_->count_in(std::move(counters));
   }
 
   /// Fixed for the life of the connection; may be asked after `retire`, too.
@@ -57,6 +59,10 @@ public:
   }
   /// Whether `writer` (see `Unit::last_writer`) is this connection.
   [[nodiscard]] bool is(const void* writer) const noexcept { return storage_.get() == writer; }
+  /// As `Storage::is_guest`.
+  [[nodiscard]] bool is_guest() const noexcept { return storage_->is_guest(); }
+  /// For `WriteCache::admit` and its like, which do not call storage; also after `retire`.
+  [[nodiscard]] Storage& identity() const noexcept { return *storage_; }
 
 private:
   void end_use() noexcept;
@@ -66,7 +72,8 @@ private:
   std::condition_variable unused_;
   std::size_t users_ = 0;
   bool retired_ = false;
-  std::atomic<bool> shown_ = false;
+  bool counted_ = false;
+  const std::chrono::steady_clock::time_point opened_ = std::chrono::steady_clock::now();
 };
 
 } // namespace qcowcache

@@ -56,14 +56,57 @@ bool MemoryBudget::allows_two(std::size_t size, std::size_t extra) const {
   return limit() / 2 >= size + extra;
 }
 
-void MemoryBudget::add_unclean(std::ptrdiff_t bytes) noexcept {
+MemoryBudget::Account::Account(MemoryBudget& budget) : budget_(budget) {
+  const std::lock_guard lock(budget_.mutex_);
+  budget_.accounts_.push_back(this);
+}
+
+MemoryBudget::Account::~Account() {
+  const std::lock_guard lock(budget_.mutex_);
+  budget_.unclean_ -= unclean_;
+  std::erase(budget_.accounts_, this);
+}
+
+void MemoryBudget::add_unclean(Account& account, std::ptrdiff_t bytes) noexcept {
   const std::lock_guard lock(mutex_);
+  account.unclean_ += static_cast<std::size_t>(bytes);
   unclean_ += static_cast<std::size_t>(bytes);
 }
 
-bool MemoryBudget::fair(std::size_t unclean, std::size_t more) const {
+void MemoryBudget::write_began(Account& account) noexcept {
   const std::lock_guard lock(mutex_);
-  return unclean_ + unclean + more <= limit_;
+  if (account.under_way_ == 0)
+    account.since_ = Clock::now();
+  ++account.under_way_;
+}
+
+void MemoryBudget::write_ended(Account& account, bool stored) noexcept {
+  const std::lock_guard lock(mutex_);
+  --account.under_way_;
+  account.takes_writes_ = stored;
+  account.since_ = Clock::now();
+}
+
+void MemoryBudget::answered(Account& account, bool stored) noexcept {
+  const std::lock_guard lock(mutex_);
+  account.takes_writes_ = stored;
+  account.since_ = Clock::now();
+}
+
+bool MemoryBudget::may_have(const Account& account, std::size_t more) const {
+  const std::lock_guard lock(mutex_);
+  if (unclean_ + account.unclean_ + more > limit_)
+    return false;
+  const auto now = Clock::now();
+  const auto does_its_work = [now](const Account& each) {
+    return each.takes_writes_ && (each.under_way_ == 0 || now - each.since_ < slow);
+  };
+  if (does_its_work(account))
+    return true;
+  std::size_t of_all_such = 0;
+  for (const Account* const each : accounts_)
+    of_all_such += does_its_work(*each) ? 0 : each->unclean_;
+  return of_all_such + account.unclean_ + more <= limit_ / 2;
 }
 
 std::shared_ptr<MemoryBudget::Buffer> MemoryBudget::try_take(std::size_t size, std::size_t extra) {

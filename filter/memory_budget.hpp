@@ -23,6 +23,8 @@ namespace qcowcache {
 /// cache's.
 class MemoryBudget {
 public:
+  using Clock = std::chrono::steady_clock;
+
   /// `size` bytes that begin on a page; what it was charged goes back to the budget on destruction.
   /// Must not outlive its MemoryBudget.
   class Buffer {
@@ -54,7 +56,7 @@ public:
   /// Somebody who holds memory and can give it back. Thread safe; called without any mutex held.
   class Holder {
   public:
-    using Clock = std::chrono::steady_clock;
+    using Clock = MemoryBudget::Clock;
 
     Holder() = default;
     Holder(const Holder&) = delete;
@@ -95,14 +97,45 @@ public:
   /// std::bad_alloc when the system has no memory.
   std::shared_ptr<Buffer> try_take(std::size_t size, std::size_t extra);
 
-  /// Tells the budget how much of what was handed out holds data that storage lacks; adds up.
-  void add_unclean(std::ptrdiff_t bytes) noexcept;
-  /// Whether a holder with `unclean` such bytes may have `more`: no more than what all of them
-  /// leave free. One holder alone gets half of the memory, the next half of the rest, and so on;
-  /// nobody finds it all taken. For holders whose data nobody else can write when memory is needed.
-  /// Source: A. K. Choudhury and E. L. Hahne, "Dynamic Queue Length Thresholds for Shared-Memory
-  /// Packet Switches", 1998.
-  [[nodiscard]] bool fair(std::size_t unclean, std::size_t more) const;
+  /// What one holder has of the memory that holds data which storage lacks, and how its storage
+  /// fares. Must not outlive the budget.
+  class Account {
+  public:
+    explicit Account(MemoryBudget& budget);
+    Account(const Account&) = delete;
+    Account& operator=(const Account&) = delete;
+    ~Account();
+
+  private:
+    friend class MemoryBudget;
+    MemoryBudget& budget_;
+    // Guarded by the budget's mutex.
+    std::size_t unclean_ = 0;
+    /// Writes that storage has been asked for and has not answered.
+    std::size_t under_way_ = 0;
+    /// Storage has taken the last write that it answered.
+    bool takes_writes_ = false;
+    /// When it answered, or was first asked.
+    Clock::time_point since_;
+  };
+  /// Tells how much more of what was handed out holds data that storage lacks.
+  void add_unclean(Account& account, std::ptrdiff_t bytes) noexcept;
+  /// Storage is asked for a write, and has answered.
+  void write_began(Account& account) noexcept;
+  void write_ended(Account& account, bool stored) noexcept;
+  /// Storage has taken, or refused, a write that was never part of the data.
+  void answered(Account& account, bool stored) noexcept;
+
+  /// Whether this holder may have `more` bytes for such data:
+  ///
+  /// - no more than what all of them leave free. One holder alone gets half of the memory, the next
+  ///   half of the rest, and so on; nobody finds it all taken. Source: A. K. Choudhury and
+  ///   E. L. Hahne, "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches", 1998.
+  /// - Those whose storage has not yet taken a write, has refused the last one, or has not answered
+  ///   for `slow`, may have half of the memory together, by the same rule: so whoever's storage
+  ///   does its work finds some, beside any number of others.
+  [[nodiscard]] bool may_have(const Account& account, std::size_t more) const;
+  static constexpr std::chrono::milliseconds slow{100};
 
   /// Holders are asked for clean memory by `reclaim`. They are held weakly.
   void add_holder(const std::shared_ptr<Holder>& holder);
@@ -135,6 +168,7 @@ private:
   std::size_t peak_ = 0;
   std::size_t kept_ = 0;
   std::size_t unclean_ = 0;
+  std::vector<Account*> accounts_;
   std::map<std::size_t, std::vector<Buffer::Memory>> kept_by_size_;
   std::vector<std::weak_ptr<Holder>> holders_;
 };

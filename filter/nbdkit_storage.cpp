@@ -62,6 +62,8 @@ NbdkitStorage::NbdkitStorage(nbdkit_next* next) : next_(next) {
   found.can_extents = answer(next->can_extents(next)) != 0;
   found.can_cache = answer(next->can_cache(next)) == NBDKIT_CACHE_NATIVE;
   found.can_multi_conn = answer(next->can_multi_conn(next)) != 0;
+  // nbdkit remembers the answer; asked later it may find a filter below that has lost its storage.
+  answer(next->is_rotational(next));
   switch (answer(next->can_fua(next))) {
   case NBDKIT_FUA_NATIVE:
     found.fua = Fua::native;

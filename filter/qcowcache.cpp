@@ -38,6 +38,7 @@ NBDKIT_DLL_PUBLIC int qcowcache_debug_trace = 0;
 namespace {
 
 using namespace qcowcache;
+using Access = Connection::Access;
 
 void complain(const std::string& line) {
   nbdkit_error("%s", line.c_str());
@@ -60,7 +61,7 @@ void report_loss(const std::string& export_name, const Unsaved& lost) {
   nbdkit_error("qcowcache: %s", loss_message(export_name, lost).c_str());
 }
 
-void report_damage(const std::string& export_name, const std::string& line) {
+void report_line(const std::string& export_name, const std::string& line) {
   nbdkit_error("qcowcache: export \"%s\": %s", printable(export_name).c_str(), line.c_str());
 }
 
@@ -94,7 +95,9 @@ public:
         writeback_([this] { follow_size(); }),
         exports_({parameters.cluster_size(), parameters.max_write(), parameters.expire(),
                   writers_ > 0 ? &writeback_ : nullptr, report_loss, &statistics_, events(),
-                  parameters.verify() != Verify::off, patience(thread_model), report_damage},
+                  parameters.verify() != Verify::off, patience(thread_model), report_line,
+                  report_line, WriteCache::Settings().retry, std::make_shared<DecompressorPool>(),
+                  thread_model == NBDKIT_THREAD_MODEL_PARALLEL},
                  budget_),
         stats_interval_(parameters.stats_interval()) {
     if (!parameters.size_file().empty()) {
@@ -313,18 +316,24 @@ int filter_block_size(nbdkit_next* /*next*/, void* handle, std::uint32_t* minimu
   const Connection& connection = connection_of(handle);
   // Said even though it is the default: without it clients complete sectors themselves.
   *minimum = 1;
+  // The image's clusters may be larger, but nothing of it is read as long as nobody asks for data.
   *preferred = static_cast<std::uint32_t>(
-      std::max<std::uint64_t>(connection.cache().unit_size(), connection.capabilities().preferred));
+      std::max({WriteCache::least_unit_size, parameters.cluster_size().value_or(0),
+                std::uint64_t{connection.capabilities().preferred}}));
   *maximum = UINT32_MAX;
   return 0;
 }
 
 int filter_can_flush(nbdkit_next* /*next*/, void* handle) {
-  return connection_of(handle).capabilities().can_write ? 1 : 0;
+  const Capabilities& storage = connection_of(handle).capabilities();
+  return storage.can_write || storage.can_flush ? 1 : 0;
 }
 
 int filter_can_fua(nbdkit_next* /*next*/, void* handle) {
-  return connection_of(handle).capabilities().can_write ? NBDKIT_FUA_NATIVE : NBDKIT_FUA_NONE;
+  const Capabilities& storage = connection_of(handle).capabilities();
+  if (storage.can_write || storage.fua == Fua::native)
+    return NBDKIT_FUA_NATIVE;
+  return storage.fua == Fua::emulate ? NBDKIT_FUA_EMULATE : NBDKIT_FUA_NONE;
 }
 
 int filter_can_zero(nbdkit_next* /*next*/, void* handle) {
@@ -334,7 +343,7 @@ int filter_can_zero(nbdkit_next* /*next*/, void* handle) {
 int filter_pread(nbdkit_next* /*next*/, void* handle, void* buffer, std::uint32_t count,
                  std::uint64_t offset, std::uint32_t /*flags*/, int* err) {
   return serve("read", err, [&] {
-    const Connection::InUse in_use = connection_of(handle).in_use();
+    const Connection::InUse in_use = connection_of(handle).in_use(Access::reads);
     const std::span data{static_cast<std::byte*>(buffer), count};
     in_use.cache.read(in_use.use.storage(), offset, data);
     if (in_use.verifier != nullptr)
@@ -346,7 +355,7 @@ int filter_pwrite(nbdkit_next* /*next*/, void* handle, const void* buffer, std::
                   std::uint64_t offset, std::uint32_t flags, int* err) {
   return serve("write", err, [&] {
     server->follow_size();
-    const Connection::InUse in_use = connection_of(handle).in_use();
+    const Connection::InUse in_use = connection_of(handle).in_use(Access::changes);
     const std::span data{static_cast<const std::byte*>(buffer), count};
     CachedImage image(in_use.cache, in_use.use.storage());
     Verifier::Change change(in_use.verifier, image, {offset, offset + count});
@@ -363,8 +372,8 @@ Verifier::Outcome check(const Connection::InUse& in_use, const std::string& expo
   } catch (const std::exception& error) {
     if (parameters.verify() == Verify::error)
       throw;
-    report_damage(export_name,
-                  std::string("compressed clusters could not be checked: ") + error.what());
+    report_line(export_name,
+                std::string("compressed clusters could not be checked: ") + error.what());
     return Verifier::Outcome::damaged;
   }
 }
@@ -373,7 +382,7 @@ int filter_flush(nbdkit_next* /*next*/, void* handle, std::uint32_t /*flags*/, i
   return serve("flush", err, [&] {
     server->follow_size();
     Connection& connection = connection_of(handle);
-    const Connection::InUse in_use = connection.in_use();
+    const Connection::InUse in_use = connection.in_use(Access::reads);
     in_use.cache.flush(in_use.use.storage());
     if (check(in_use, connection.export_name()) == Verifier::Outcome::damaged &&
         parameters.verify() == Verify::error)
@@ -387,7 +396,7 @@ int filter_flush(nbdkit_next* /*next*/, void* handle, std::uint32_t /*flags*/, i
 int filter_trim(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::uint64_t offset,
                 std::uint32_t flags, int* err) {
   return serve("trim", err, [&] {
-    const Connection::InUse in_use = connection_of(handle).in_use();
+    const Connection::InUse in_use = connection_of(handle).in_use(Access::changes);
     CachedImage image(in_use.cache, in_use.use.storage());
     const Verifier::Change change(in_use.verifier, image, {offset, offset + count});
     in_use.cache.trim(in_use.use.storage(), {offset, offset + count},
@@ -403,7 +412,7 @@ int filter_zero(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::u
   options.fast = (flags & NBDKIT_FLAG_FAST_ZERO) != 0;
   bool not_fast = false;
   const int result = serve("zero", err, [&] {
-    const Connection::InUse in_use = connection_of(handle).in_use();
+    const Connection::InUse in_use = connection_of(handle).in_use(Access::changes);
     CachedImage image(in_use.cache, in_use.use.storage());
     Verifier::Change change(in_use.verifier, image, {offset, offset + count});
     try {
@@ -425,7 +434,7 @@ int filter_zero(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::u
 int filter_extents(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::uint64_t offset,
                    std::uint32_t flags, nbdkit_extents* extents, int* err) {
   return serve("extents", err, [&] {
-    const Connection::InUse in_use = connection_of(handle).in_use();
+    const Connection::InUse in_use = connection_of(handle).in_use(Access::reads);
     for (const Storage::Extent& extent : in_use.cache.extents(
              in_use.use.storage(), {offset, offset + count}, (flags & NBDKIT_FLAG_REQ_ONE) != 0)) {
       const bool hole = extent.type == Storage::ExtentType::hole ||
@@ -444,10 +453,10 @@ int filter_cache(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::
                  std::uint32_t /*flags*/, int* err) {
   const int error = errno_of("cache", [&] {
     // A hint, which nbdkit's readahead filter gives after .finalize, too.
-    const std::optional<Connection::InUse> in_use = connection_of(handle).in_use_if_any();
-    if (!in_use || !in_use->use.storage().capabilities().can_cache)
+    const std::optional<Handle::Use> use = connection_of(handle).storage_if_any();
+    if (!use || !use->storage().capabilities().can_cache)
       return;
-    Storage& storage = in_use->use.storage();
+    Storage& storage = use->storage();
     const ByteRange range{offset, offset + count};
     storage.cache(align_outward(range, storage.capabilities().minimum));
   });

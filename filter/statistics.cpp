@@ -50,6 +50,7 @@ constexpr std::array<Row, counts> table{{
     {Count::partial_units_cluster_end, "partial_units", "cluster_end", Unit::number, partial_help},
     {Count::partial_units_many_pieces, "partial_units", "many_pieces", Unit::number, partial_help},
     {Count::partial_units_new_layout, "partial_units", "new_layout", Unit::number, partial_help},
+    {Count::partial_units_comparison, "partial_units", "comparison", Unit::number, partial_help},
     {Count::writes_through, "writes_through", "", Unit::number,
      "Writes of clients, or parts of them, that storage had before they were acknowledged"},
     {Count::storage_reads, "storage_reads", "", Unit::number, "Reads that storage has carried out"},

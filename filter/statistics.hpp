@@ -37,6 +37,7 @@ enum class Count : std::size_t {
   partial_units_cluster_end,
   partial_units_many_pieces,
   partial_units_new_layout,
+  partial_units_comparison,
   writes_through,
   storage_reads,
   storage_read_bytes,

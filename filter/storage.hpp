@@ -3,6 +3,7 @@
 #include "byte_ranges.hpp"
 #include "statistics.hpp"
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -57,6 +58,11 @@ public:
 
   [[nodiscard]] virtual const Capabilities& capabilities() const noexcept = 0;
 
+  /// Whether it belongs to a guest of a cache (see `WriteCache::admit`), whose mutex guards
+  /// changes.
+  [[nodiscard]] bool is_guest() const noexcept { return guest_.load(std::memory_order_acquire); }
+  void set_guest(bool guest) noexcept { guest_.store(guest, std::memory_order_release); }
+
   /// Requests are counted there from now on. REQUIRES: no other thread uses the storage yet.
   void count_in(std::shared_ptr<Counters> counters) noexcept { counters_ = std::move(counters); }
 
@@ -109,6 +115,7 @@ private:
   }
 
   std::shared_ptr<Counters> counters_;
+  std::atomic<bool> guest_ = false;
 };
 
 } // namespace qcowcache

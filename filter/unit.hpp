@@ -51,6 +51,7 @@ public:
     cluster_end, ///< its writer has moved on
     many_pieces, ///< its bookkeeping is full, or its buffer is needed
     new_layout,  ///< the image has other clusters now, or is gone
+    comparison,  ///< a new connection is to show that it sees the same disk
   };
 
   /// `buffer` is as large as `range`. A unit with `most_fragments` ranges in one of its sets has to
@@ -135,6 +136,10 @@ public:
   std::uint64_t completed_before = 0;
   /// The connection that last wrote to it; never dereferenced.
   const void* last_writer = nullptr;
+  /// Bytes of others are among those that storage lacks.
+  bool several_writers = false;
+  /// The flush, or the end of a connection, that last tried in vain to write it, by its number.
+  std::uint64_t tried_in = 0;
   ListHook hook;
   ListHook queue_hook;
 

@@ -43,6 +43,8 @@ void WriteCache::count_written(const Lock& /*lock*/, const Unit& unit) noexcept 
       return Count::partial_units_cluster_end;
     case Unit::Reason::many_pieces:
       return Count::partial_units_many_pieces;
+    case Unit::Reason::comparison:
+      return Count::partial_units_comparison;
     case Unit::Reason::new_layout:
       break;
     }
@@ -73,10 +75,9 @@ void WriteCache::tell_layout(const Lock& lock) {
     if (now.caching)
       return line + ": caching in units of " + std::to_string(now.unit_size) + " bytes";
     if (now.has_layout)
-      line += stopped_ ? ", but stopped"
-                       : ", but " + std::to_string(budget_.limit()) +
-                             " bytes of memory are less than two units of " +
-                             std::to_string(now.unit_size) + " and their bookkeeping";
+      line += ", but " + std::to_string(budget_.limit()) +
+              " bytes of memory are less than two units of " + std::to_string(now.unit_size) +
+              " and their bookkeeping";
     return line + ": passing writes through";
   });
 }
@@ -98,7 +99,7 @@ void WriteCache::tell_written(const Lock& /*lock*/, Unit::Reason reason) {
   Totals since = settings_.counters->totals();
   const Totals now = since;
   since -= told_written_;
-  constexpr std::array<std::pair<Count, std::string_view>, 9> parts{{
+  constexpr std::array<std::pair<Count, std::string_view>, 10> parts{{
       {Count::whole_units, "whole"},
       {Count::partial_units_flush, "partial for a flush"},
       {Count::partial_units_disconnect, "partial for a disconnect"},
@@ -107,6 +108,7 @@ void WriteCache::tell_written(const Lock& /*lock*/, Unit::Reason reason) {
       {Count::partial_units_cluster_end, "partial at a cluster's end"},
       {Count::partial_units_many_pieces, "partial in many pieces"},
       {Count::partial_units_new_layout, "partial of another layout"},
+      {Count::partial_units_comparison, "partial for a new connection to compare"},
       {Count::refused_writes, "writes refused"},
   }};
   const bool nothing = std::all_of(parts.begin(), parts.end(),

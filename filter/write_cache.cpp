@@ -30,16 +30,14 @@ WriteCache::WriteCache(Settings settings, const Capabilities& capabilities, Rang
                        MemoryBudget& budget)
     : settings_(std::move(settings)),
       preferred_(std::min<std::uint64_t>(capabilities.preferred, settings_.max_write)),
-      ranges_(ranges), budget_(budget), size_(capabilities.size),
+      ranges_(ranges), budget_(budget), account_(budget), size_(capabilities.size),
       unit_size_(unit_size_for(settings_.cluster_size.value_or(0), preferred_)),
       wanted_unit_size_(unit_size_), has_layout_(settings_.cluster_size.has_value()) {
   if (settings_.cluster_size)
     tell_layout(Lock(mutex_));
 }
 
-WriteCache::~WriteCache() {
-  budget_.add_unclean(-static_cast<std::ptrdiff_t>(unclean_bytes_));
-}
+WriteCache::~WriteCache() = default;
 
 // ---- Looking up
 
@@ -62,7 +60,7 @@ void WriteCache::for_each_unit(const Lock& lock, const ByteRange& range, Functio
 }
 
 bool WriteCache::caching(const Lock& /*lock*/) const {
-  return has_layout_ && !stopped_ && budget_.allows_two(unit_size_, bookkeeping());
+  return has_layout_ && budget_.allows_two(unit_size_, bookkeeping());
 }
 
 bool WriteCache::caching() const {
@@ -100,13 +98,36 @@ Unit& WriteCache::add_unit(const Lock& /*lock*/, std::uint64_t begin,
 
 // ---- The state of a unit
 
-bool WriteCache::join_queue(const Lock& /*lock*/, Unit& unit, Unit::Reason reason) noexcept {
+/// Puts a unit into the list that it belongs to, as the one used last.
+void WriteCache::place(const Lock& /*lock*/, Unit& unit) noexcept {
+  unit.hook.unlink();
+  if (unit.turn != Unit::Turn::none)
+    busy_.push_back(unit);
+  else if (unit.clean())
+    clean_.push_back(unit);
+  else if (unit.was_refused)
+    refused_.push_back(unit);
+  else
+    filling_.push_back(unit);
+}
+
+bool WriteCache::all_stored(const Lock& /*lock*/) const noexcept {
+  return filling_.empty() && busy_.empty() && refused_.empty();
+}
+
+bool WriteCache::join_queue(const Lock& lock, Unit& unit, Unit::Reason reason) noexcept {
   if (unit.turn != Unit::Turn::none || unit.dirty().empty())
     return false;
   unit.reason = reason;
+  if (no_room_ && !unit.was_refused) {
+    unit.was_refused = true; // what storage said of others
+    place(lock, unit);
+    return false;
+  }
   unit.turn = Unit::Turn::queued;
   ++queued_;
   queue_.push_back(unit);
+  place(lock, unit);
   return true;
 }
 
@@ -120,14 +141,12 @@ void WriteCache::count_unclean(const Lock& /*lock*/, Unit& unit, bool unclean) n
     return;
   unit.counted = unclean;
   const auto bytes = static_cast<std::ptrdiff_t>(unit_size_ + bookkeeping());
-  unclean_bytes_ += static_cast<std::size_t>(unclean ? bytes : -bytes);
-  budget_.add_unclean(unclean ? bytes : -bytes);
+  budget_.add_unclean(account_, unclean ? bytes : -bytes);
 }
 
-/// Without background writers only this export's own requests write its units, so that it must
-/// leave memory for others in time.
+/// Storage that hangs, or is slow, gives no memory back: each export must leave some for others.
 bool WriteCache::beyond_share(const Lock& /*lock*/) const {
-  return !settings_.wake_writer && !budget_.fair(unclean_bytes_, unit_size_ + bookkeeping());
+  return !budget_.may_have(account_, unit_size_ + bookkeeping());
 }
 
 /// Without background writers the client waits for each write. So what it completes is held until
@@ -152,20 +171,21 @@ void WriteCache::settle(const Lock& lock, Unit& unit) {
   leave_queue(lock, unit, Unit::Turn::none);
   count_unclean(lock, unit, false);
   unit.was_refused = false;
-  progress_.notify_all();
-  budget_.note_change();
+  note_progress(lock);
   if (unit.fragmented())
     unit.forget_clean();
-  unit.hook.unlink();
+  unit.several_writers = false;
   // A unit that clients wrote whole they will hardly come back to, but for the header. Its buffer
   // is still warm for the next one.
   const bool done_with = unit.written_whole && unit.range().begin != 0;
   const bool worthless = done_with || unit.known().empty() || budget_.excess() > 0 ||
-                         wanted_unit_size_ != unit_size_ || !has_layout_ || stopped_;
+                         wanted_unit_size_ != unit_size_ || !has_layout_;
   if (worthless)
     drop(lock, unit);
   else
-    clean_.push_back(unit);
+    place(lock, unit);
+  if (refused_.empty())
+    no_room_ = false;
 }
 
 void WriteCache::leave_queue(const Lock& /*lock*/, Unit& unit, Unit::Turn turn) noexcept {
@@ -184,23 +204,21 @@ void WriteCache::shrink(const Lock& lock) {
     excess -= std::min(excess, each);
     drop(lock, clean_.front());
   }
-  for (auto it = unclean_.begin(); excess > 0 && it != unclean_.end(); ++it) {
-    if (!it->was_refused) {
-      enqueue(lock, *it, Unit::Reason::memory);
-      excess -= std::min(excess, each);
-    }
+  while (excess > 0 && !filling_.empty()) {
+    enqueue(lock, filling_.front(), Unit::Reason::memory);
+    excess -= std::min(excess, each);
   }
 }
 
 /// The one rule for partial units that their writer will most likely not come back to.
 void WriteCache::queue_left_behind(const Lock& lock, Unit::Clock::time_point now) {
-  for (Unit& unit : unclean_) {
+  while (!filling_.empty()) {
+    Unit& unit = filling_.front();
     const bool others_followed = units_completed_ - unit.completed_before >= left_behind_after;
     const bool idle = settings_.expire && now - unit.touched >= *settings_.expire;
     if (!others_followed && !idle)
       return; // those behind it were used later
-    if (!unit.was_refused)
-      enqueue(lock, unit, others_followed ? Unit::Reason::cluster_end : Unit::Reason::expiry);
+    enqueue(lock, unit, others_followed ? Unit::Reason::cluster_end : Unit::Reason::expiry);
   }
 }
 
@@ -211,13 +229,11 @@ bool WriteCache::may_retry(const Lock& /*lock*/, Unit::Clock::time_point now) co
 /// Only one: what storage says of it, it would most likely say of all, and each time it says so
 /// costs time, and a line in somebody's log.
 void WriteCache::queue_one_refused(const Lock& lock) {
-  const auto refused = std::ranges::find_if(
-      unclean_, [](const Unit& unit) { return unit.was_refused && unit.turn == Unit::Turn::none; });
-  if (refused == unclean_.end()) {
+  if (refused_.empty()) {
     refused_at_.reset();
   } else {
     refused_at_ = Unit::Clock::now();
-    enqueue(lock, *refused, refused->reason);
+    enqueue(lock, refused_.front(), refused_.front().reason);
   }
 }
 
@@ -228,13 +244,14 @@ void WriteCache::tick() {
   queue_left_behind(lock, now);
   if (may_retry(lock, now))
     queue_one_refused(lock);
-  if (has_layout_ && !stopped_ && !caching(lock)) {
-    for (Unit& unit : unclean_) {
-      if (!unit.was_refused)
-        enqueue(lock, unit, Unit::Reason::memory);
-    }
-  }
+  if (has_layout_ && !caching(lock))
+    queue_filling(lock, Unit::Reason::memory);
   tell_layout(lock);
+}
+
+void WriteCache::queue_filling(const Lock& lock, Unit::Reason reason) {
+  while (!filling_.empty())
+    enqueue(lock, filling_.front(), reason);
 }
 
 /// Whether a request has to call `tick`, because nobody else does.
@@ -257,21 +274,13 @@ std::optional<WriteCache::Clock::time_point> WriteCache::oldest() const {
   const Lock lock(mutex_);
   if (!settings_.wake_writer)
     return std::nullopt; // nobody would write it
-  for (const Unit& unit : unclean_) {
-    if (unit.turn == Unit::Turn::none && !unit.was_refused)
-      return unit.touched;
-  }
-  return std::nullopt;
+  return filling_.empty() ? std::nullopt : std::optional(filling_.front().touched);
 }
 
 void WriteCache::queue_oldest() {
   const Lock lock(mutex_);
-  for (Unit& unit : unclean_) {
-    if (unit.turn == Unit::Turn::none && !unit.was_refused) {
-      enqueue(lock, unit, Unit::Reason::memory);
-      return;
-    }
-  }
+  if (!filling_.empty())
+    enqueue(lock, filling_.front(), Unit::Reason::memory);
 }
 
 void WriteCache::drop_clean(const Lock& lock) {
@@ -310,10 +319,7 @@ void WriteCache::relayout(const Lock& lock) {
   drop_clean(lock);
   if (units_.empty())
     unit_size_ = wanted_unit_size_;
-  for (Unit& unit : unclean_) {
-    if (!unit.was_refused)
-      enqueue(lock, unit, Unit::Reason::new_layout);
-  }
+  queue_filling(lock, Unit::Reason::new_layout);
 }
 
 void WriteCache::header_changed(const Lock& lock, const ByteRange& range) {
@@ -328,11 +334,12 @@ void WriteCache::header_changed(const Lock& lock, const ByteRange& range) {
 void WriteCache::learn_layout(Storage& storage) {
   const Capabilities& capabilities = storage.capabilities();
   const ByteRange watched = HeaderWatch::watched(capabilities.size);
-  if (settings_.cluster_size || watched.empty())
+  // What a guest reads may be another disk's.
+  if (settings_.cluster_size || watched.empty() || storage.is_guest())
     return;
   {
     const Lock lock(mutex_);
-    const bool in_vain = stopped_ || !budget_.allows_two(unit_size_, bookkeeping());
+    const bool in_vain = !budget_.allows_two(unit_size_, bookkeeping());
     if (in_vain || header_.complete(size_)) {
       tell_layout(lock);
       return;
@@ -344,15 +351,23 @@ void WriteCache::learn_layout(Storage& storage) {
     const ByteRange block{
         0, std::min(align_up(watched.end, capabilities.write_alignment()), capabilities.size)};
     const RangeLock::Owned owned = ranges_.own(block);
+    std::uint64_t forgotten = 0;
+    {
+      const Lock lock(mutex_);
+      forgotten = forgotten_;
+    }
     std::vector<std::byte> data(block.size());
     storage.read(block.begin, data);
     const Lock lock(mutex_);
+    if (forgotten != forgotten_)
+      return; // whose disk this was read from is no longer known: the next request reads again
     ByteRanges gaps;
     std::vector<std::byte> current = data;
     copy_cached(lock, block.begin, current, gaps);
     header_.learn(block.begin, current);
     relayout(lock);
     tell_layout(lock);
+    witnesses_.read({block.begin, block.begin + data.size()}, data);
     keep_header(lock, data);
   } catch (const std::system_error&) {
     // Storage has said why. No layout is known, so nothing is cached until the header is written.
@@ -378,6 +393,8 @@ WriteCache::KnownHeader WriteCache::header() const {
 }
 
 void WriteCache::learn_zeros(Storage& storage, const ByteRange& range) {
+  if (storage.is_guest())
+    return;
   // Large, but not so large that the answer for a fragmented file takes megabytes.
   constexpr std::uint64_t window = std::uint64_t{128} * 1024 * 1024;
   const Capabilities& capabilities = storage.capabilities();
@@ -437,13 +454,125 @@ std::uint64_t WriteCache::size() const {
 
 void WriteCache::forget_all() {
   const Lock lock(mutex_);
+  forget_learned(lock);
+}
+
+void WriteCache::forget_learned(const Lock& lock) {
   drop_clean(lock);
-  for (Unit& unit : unclean_)
-    unit.forget(unit.range());
+  for_each_unclean(lock, [](Unit& unit) { unit.forget(unit.range()); });
   zero_map_.clear();
   header_.forget({0, qcow2::header_bytes});
   layout_was_read_ = false;
+  ++forgotten_;
   relayout(lock);
+}
+
+// ---- Who uses the cache
+
+void WriteCache::admit(Storage& user) {
+  const Lock lock(mutex_);
+  users_.push_back(&user);
+  user.set_guest(true);
+}
+
+void WriteCache::trust(Storage& user) {
+  const Lock lock(mutex_);
+  user.set_guest(false);
+}
+
+void WriteCache::leave(const Storage& user) noexcept {
+  const Lock lock(mutex_);
+  std::erase(users_, &user);
+}
+
+bool WriteCache::found_anew(const Storage& founder) {
+  const Lock lock(mutex_);
+  if (!all_stored(lock))
+    return false;
+  for (Storage* const user : users_)
+    user->set_guest(user != &founder);
+  witnesses_.clear();
+  forget_learned(lock);
+  return true;
+}
+
+bool WriteCache::passes_through(const Lock& lock) const {
+  return header_.complete(size_) && !caching(lock) && all_stored(lock);
+}
+
+bool WriteCache::passes_through() const {
+  return passes_through(Lock(mutex_));
+}
+
+bool WriteCache::admits_guest(bool changes, std::uint64_t changes_seen) const {
+  const Lock lock(mutex_);
+  return passes_through(lock) || (!changes && moment_ == changes_seen);
+}
+
+std::uint64_t WriteCache::changes() const {
+  const Lock lock(mutex_);
+  return moment_;
+}
+
+WriteCache::Likeness WriteCache::compare(Storage& storage, Unit::Clock::time_point opened) {
+  const Capabilities& capabilities = storage.capabilities();
+  Witnesses::All known;
+  {
+    const Lock lock(mutex_);
+    known = witnesses_.all();
+  }
+  std::vector<std::byte> data;
+  Likeness likeness = Likeness::begins_alike;
+  for (const Witnesses::Witness& witness : known) {
+    const ByteRange blocks = align_outward(witness.block, capabilities.write_alignment())
+                                 .intersection({0, capabilities.size});
+    if (blocks.contains(witness.block)) {
+      const RangeLock::Owned owned = ranges_.own(blocks); // so that nobody changes it meanwhile
+      const auto still_true = [&] {
+        const Lock lock(mutex_);
+        return std::ranges::find(witnesses_.all(), witness) != witnesses_.all().end();
+      };
+      if (still_true()) {
+        data.resize(blocks.size());
+        storage.read(blocks.begin, data);
+        const auto block =
+            std::span(data).subspan(witness.block.begin - blocks.begin, witness.block.size());
+        if (Witnesses::checksum(block) != witness.checksum)
+          return Likeness::other_disk;
+        if (witness.written && *witness.written > opened)
+          return Likeness::same_disk;
+        if (witness.written)
+          likeness = Likeness::alike;
+      }
+    }
+  }
+  return likeness;
+}
+
+bool WriteCache::store_some() {
+  Lock lock(mutex_);
+  // Where a few are all zeros more would hardly show more.
+  constexpr std::size_t most = 4;
+  boost::container::small_vector<std::uint64_t, most> oldest;
+  for (UseOrder* const list : {&filling_, &busy_}) {
+    for (auto unit = list->begin(); unit != list->end() && oldest.size() < most; ++unit)
+      oldest.push_back(unit->range().begin);
+  }
+  bool stored = false;
+  for (const std::uint64_t begin : oldest) {
+    const Witnesses::All before = witnesses_.all();
+    const Attempt attempt = write_unit(lock, begin, nullptr, Unit::Reason::comparison);
+    stored = stored || attempt == Attempt::stored;
+    if (attempt == Attempt::gone) {
+      if (const Unit* const unit = find(lock, begin);
+          unit != nullptr && unit->turn == Unit::Turn::claimed)
+        progress_.wait(lock); // somebody else writes it
+      stored = true;
+    }
+    if (witnesses_.all() != before)
+      return true;
+  }
+  return stored;
 }
 
 // ---- Writing
@@ -454,7 +583,7 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
   Lock lock(mutex_);
   if (request != nullptr)
     count_write(lock, *request);
-  if (!caching(lock))
+  if (!caching(lock) || writer.is_guest())
     return Absorbed::off;
   if (!refreshed.empty()) {
     ByteRanges gaps;
@@ -494,9 +623,9 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
     unit.touched = now;
     unit.written_whole = false;
     unit.completed_before = units_completed_;
+    unit.several_writers = unit.several_writers || (unit.counted && unit.last_writer != &writer);
     unit.last_writer = &writer;
-    unit.hook.unlink();
-    unclean_.push_back(unit);
+    place(lock, unit);
     count_unclean(lock, unit, true);
     if (unit.full(size_) && !unit.was_refused &&
         join_queue(lock, unit, Unit::Reason::cluster_end)) {
@@ -564,9 +693,9 @@ void WriteCache::take(Storage& storage, std::uint64_t offset, std::span<const st
   if (!settings_.wake_writer) {
     if (due())
       tick();
-    if (!holds_back()) {
-      while (write_next(storage)) {
-      }
+    // Its own share, and one more so that nothing waits for ever: others pay for theirs.
+    for (std::uint64_t writes = 2 + data.size() / settings_.max_write;
+         writes > 0 && !holds_back() && write_next(storage); --writes) {
     }
   }
 }
@@ -583,6 +712,7 @@ void WriteCache::write_through(Storage& storage, std::uint64_t offset,
     learn_zeros(storage, blocks);
 
   const RangeLock::Owned owned = ranges_.own(blocks);
+  const auto begun = Unit::Clock::now();
   try {
     if (blocks == range || blocks.size() <= largest_bounce) {
       write_piece_through(storage, offset, data, blocks, fua);
@@ -603,20 +733,29 @@ void WriteCache::write_through(Storage& storage, std::uint64_t offset,
     }
   } catch (...) {
     failed_on_storage(blocks);
+    budget_.answered(account_, false);
     throw;
   }
+  budget_.answered(account_, true);
 
   {
     const Lock lock(mutex_);
-    for_each_unit(lock, range, [&](Unit& unit) {
-      const ByteRange piece = range.intersection(unit.range());
-      unit.wrote_through(piece.begin, data.subspan(piece.begin - offset, piece.size()));
-      settle(lock, unit);
-    });
-    zero_map_.changed(blocks);
+    ++moment_;
+    if (storage.is_guest()) {
+      changed_by_guest(lock, blocks);
+    } else {
+      for_each_unit(lock, range, [&](Unit& unit) {
+        const ByteRange piece = range.intersection(unit.range());
+        unit.wrote_through(piece.begin, data.subspan(piece.begin - offset, piece.size()));
+        settle(lock, unit);
+      });
+      zero_map_.changed(blocks);
+      witnesses_.changed(blocks);
+      witnesses_.wrote(range, data, begun);
+    }
     header_.wrote(offset, data);
     header_changed(lock, range);
-    if (range.begin == 0)
+    if (range.begin == 0 && !storage.is_guest())
       keep_header(lock, data);
   }
   changed_on_storage(blocks);
@@ -633,8 +772,12 @@ void WriteCache::write_piece_through(Storage& storage, std::uint64_t offset,
   ByteRanges gaps;
   {
     const Lock lock(mutex_);
-    copy_cached(lock, blocks.begin, whole, gaps);
-    gaps.remove(zero_map_.zeros_in(blocks)); // `whole` is zeros where nothing was copied
+    if (storage.is_guest()) {
+      gaps.add(blocks); // what is known here may be known of another disk
+    } else {
+      copy_cached(lock, blocks.begin, whole, gaps);
+      gaps.remove(zero_map_.zeros_in(blocks)); // `whole` is zeros where nothing was copied
+    }
   }
   gaps.remove({offset, offset + data.size()});
   if (!gaps.empty()) {
@@ -675,51 +818,47 @@ bool WriteCache::absorb_around(const Storage& writer, const ByteRange& blocks,
   }
 }
 
+/// Memory is used up, or this export's share of it. Returns whether it is worth trying again: not
+/// where only others could give some back, for their storage may hang.
 bool WriteCache::make_room(Storage& storage) {
   std::size_t needed = 0;
   bool greedy = false;
+  bool owes = false;
   {
     const Lock lock(mutex_);
     needed = unit_size_ + bookkeeping();
     greedy = beyond_share(lock);
+    owes = !filling_.empty() || !busy_.empty();
   }
   const std::uint64_t seen = budget_.changes();
   if (!greedy && budget_.reclaim(needed))
     return true;
   const Counters::Stopwatch waiting(*settings_.counters, Count::memory_wait);
-  if (greedy || !settings_.wake_writer)
+  if (!settings_.wake_writer)
     return write_oldest(storage);
-  if (!budget_.press(*this))
+  if (!budget_.press(*this) || !owes)
     return false;
-  if (writing()) {
-    // The background writers may all be caught in storage of another export that hangs.
-    constexpr std::chrono::milliseconds patience{100};
-    return budget_.wait_for_change(seen, patience) || write_oldest(storage);
-  }
-  // The memory is with other exports, whose storage may hang: this one's clients do not wait for
-  // that longer than they can bear.
-  return budget_.wait_for_change(seen, std::chrono::seconds(1));
+  // Should the background writers all be busy elsewhere this request writes a unit itself.
+  constexpr std::chrono::milliseconds patience{100};
+  return budget_.wait_for_change(seen, patience) || write_oldest(storage);
 }
 
 bool WriteCache::write_oldest(Storage& storage) {
   Lock lock(mutex_);
-  bool others_write = false;
-  for (Unit& unit : unclean_) {
-    others_write = others_write || unit.turn == Unit::Turn::claimed;
-    if (unit.turn != Unit::Turn::claimed && !unit.was_refused &&
-        within_reach(lock, unit, storage)) {
-      if (unit.turn == Unit::Turn::none)
-        unit.reason = Unit::Reason::memory;
-      const Job job = claim(lock, unit, storage);
-      lock.unlock();
-      try {
-        write_out(storage, job);
-      } catch (const std::system_error&) {
-        // Stays where it is; the next round finds another one, or none.
-      }
-      return true;
+  // Only so many: what cannot be written now may be at the front for long.
+  constexpr std::size_t most_tries = 4;
+  boost::container::small_vector<std::uint64_t, most_tries> oldest;
+  for (UseOrder* const list : {&filling_, &busy_}) {
+    for (auto unit = list->begin(); unit != list->end() && oldest.size() < most_tries; ++unit) {
+      if (unit->turn != Unit::Turn::claimed)
+        oldest.push_back(unit->range().begin);
     }
   }
+  for (const std::uint64_t begin : oldest) {
+    if (write_unit(lock, begin, &storage, Unit::Reason::memory) != Attempt::nobody)
+      return true; // one that was refused stays where it is; the next round finds another, or none
+  }
+  const bool others_write = claimed_ > 0;
   if (others_write)
     progress_.wait(lock);
   return others_write;
@@ -734,22 +873,17 @@ bool WriteCache::write_busy_units(Storage& storage, const ByteRange& range) {
   });
   if (busy == nullptr)
     return true;
+  if (busy->clean() && busy->turn != Unit::Turn::claimed) {
+    busy->forget_clean();
+    return true;
+  }
   if (busy->turn == Unit::Turn::claimed) {
     progress_.wait(lock);
     return true;
   }
-  if (!within_reach(lock, *busy, storage))
-    return false;
-  if (busy->turn == Unit::Turn::none)
-    busy->reason = Unit::Reason::many_pieces;
-  const Job job = claim(lock, *busy, storage);
-  lock.unlock();
-  try {
-    write_out(storage, job);
-  } catch (const std::system_error&) {
-    return false;
-  }
-  return true;
+  const Attempt attempt =
+      write_unit(lock, busy->range().begin, &storage, Unit::Reason::many_pieces);
+  return attempt == Attempt::stored || attempt == Attempt::gone;
 }
 
 // ---- Reading
@@ -865,11 +999,17 @@ void WriteCache::zero(Storage& storage, const ByteRange& range,
     }
     {
       const Lock lock(mutex_);
-      for_each_unit(lock, blocks, [&](Unit& unit) {
-        unit.zeroed(blocks);
-        settle(lock, unit);
-      });
-      zero_map_.zeroed(blocks);
+      ++moment_;
+      if (storage.is_guest()) {
+        changed_by_guest(lock, blocks);
+      } else {
+        for_each_unit(lock, blocks, [&](Unit& unit) {
+          unit.zeroed(blocks);
+          settle(lock, unit);
+        });
+        zero_map_.zeroed(blocks);
+        witnesses_.changed(blocks);
+      }
       header_.zeroed(blocks);
       header_changed(lock, blocks);
     }
@@ -898,23 +1038,32 @@ void WriteCache::trim(Storage& storage, const ByteRange& range, bool fua) {
     failed_on_storage(blocks);
     throw;
   }
-  discard(blocks);
+  if (storage.is_guest())
+    changed_by_guest(Lock(mutex_), blocks);
+  else
+    discard(blocks);
   changed_on_storage(blocks);
 }
 
 void WriteCache::discard(const ByteRange& range) {
   const Lock lock(mutex_);
+  ++moment_;
   for_each_unit(lock, range, [&](Unit& unit) {
     unit.discard(range);
     settle(lock, unit);
   });
   zero_map_.changed(range);
+  witnesses_.changed(range);
   header_.forget(range);
   header_changed(lock, range);
 }
 
 void WriteCache::forget(const ByteRange& range) {
-  const Lock lock(mutex_);
+  // Witnesses stay: the other cache is another's because its disk was found to differ in them.
+  forget(Lock(mutex_), range);
+}
+
+void WriteCache::forget(const Lock& lock, const ByteRange& range) {
   for_each_unit(lock, range, [&](Unit& unit) {
     unit.forget(range);
     settle(lock, unit);
@@ -928,6 +1077,13 @@ void WriteCache::forget(const ByteRange& range) {
   header_changed(lock, range);
 }
 
+/// Maybe on another disk: what others wrote there stays.
+void WriteCache::changed_by_guest(const Lock& lock, const ByteRange& range) {
+  ++moment_;
+  forget(lock, range);
+  witnesses_.changed(range);
+}
+
 void WriteCache::changed_on_storage(const ByteRange& range) {
   if (settings_.changed_storage)
     settings_.changed_storage(range);
@@ -935,7 +1091,11 @@ void WriteCache::changed_on_storage(const ByteRange& range) {
 
 void WriteCache::failed_on_storage(const ByteRange& range) {
   // Storage may have changed some of it. Bytes that are dirty will be written once more.
-  forget(range);
+  {
+    const Lock lock(mutex_);
+    forget(lock, range);
+    witnesses_.changed(range);
+  }
   changed_on_storage(range);
 }
 
@@ -943,17 +1103,20 @@ void WriteCache::failed_on_storage(const ByteRange& range) {
 
 bool WriteCache::clean() const {
   const Lock lock(mutex_);
-  return unclean_.empty();
+  return all_stored(lock);
 }
 
 Unsaved WriteCache::unsaved() const {
   const Lock lock(mutex_);
   Unsaved found;
-  for (const Unit& unit : unclean_) {
+  if (all_stored(lock))
+    return found;
+  for (const auto& [begin, unit] : units_) { // in the order of the file, which makes `add` quick
     found.ranges.add(unit.dirty());
     found.ranges.add(unit.in_flight());
   }
   found.bytes = found.ranges.bytes();
+  found.error = last_refusal_;
   return found;
 }
 
@@ -964,19 +1127,32 @@ void WriteCache::flush(Storage& storage) {
   storage.flush();
 }
 
-Unsaved WriteCache::drain(Storage& storage) {
+std::error_code WriteCache::drain(Storage& storage) {
   const std::error_code error = write_owed(storage, Unit::Reason::disconnect);
-  Unsaved left = unsaved();
-  left.error = error;
-  return left;
+  if (!clean())
+    look_at_disk(storage);
+  return error;
 }
 
-Unsaved WriteCache::drain_and_stop(Storage& storage) {
+/// What is left may have to wait for another connection: by something that has to be recognised.
+void WriteCache::look_at_disk(Storage& storage) {
+  const std::uint64_t alignment = storage.capabilities().write_alignment();
+  const ByteRange block = ByteRange{0, align_up(Witnesses::block_size, alignment)}.intersection(
+      {0, storage.capabilities().size});
   {
     const Lock lock(mutex_);
-    stopped_ = true;
+    if (!witnesses_.all().empty())
+      return;
   }
-  return drain(storage);
+  try {
+    const RangeLock::Owned owned = ranges_.own(block);
+    std::vector<std::byte> data(block.size());
+    storage.read(block.begin, data);
+    const Lock lock(mutex_);
+    witnesses_.read(block, data);
+  } catch (const std::system_error&) {
+    // Without it what is left counts as that of a disk that is gone.
+  }
 }
 
 void WriteCache::set_cluster_end(std::uint64_t offset) {

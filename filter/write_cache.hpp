@@ -2,17 +2,20 @@
 
 #include "byte_ranges.hpp"
 #include "events.hpp"
+#include "handle.hpp"
 #include "header_watch.hpp"
 #include "memory_budget.hpp"
 #include "range_lock.hpp"
 #include "statistics.hpp"
 #include "storage.hpp"
 #include "unit.hpp"
+#include "witnesses.hpp"
 #include "zero_map.hpp"
 
 #include <boost/container/small_vector.hpp>
 #include <boost/intrusive/list.hpp>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -63,6 +66,16 @@ struct Unsaved {
 /// has not been acknowledged; bytes acknowledged earlier are still there.
 class WriteCache final : public MemoryBudget::Holder {
 public:
+  /// A unit that waits to be written.
+  struct Next {
+    /// The connection that last wrote to it.
+    const void* writer = nullptr;
+    ByteRange range;
+    /// Where its dirty bytes end: a connection that writes it must see an export so large.
+    std::uint64_t dirty_end = 0;
+    bool was_refused = false;
+  };
+
   struct Settings {
     /// Bytes, a power of two; nothing: look for a qcow2 header, and cache only where there is one.
     std::optional<std::uint64_t> cluster_size;
@@ -78,6 +91,10 @@ public:
     /// the cache's mutex held, to wake those who call `write_next` in the background. Nothing: the
     /// request that queued it writes it.
     std::function<void(std::size_t waiting)> wake_writer;
+    /// Whose storage is to take a unit, where that is not the caller's own: the connection that
+    /// wrote it last, or another that is known to see the same disk; nothing when there is none.
+    /// Called with no mutex held. Nothing: the caller's own storage takes all units.
+    std::function<std::optional<Handle::Use>(const Next&)> lend;
     /// Called after storage was changed in a range, by the thread that still owns it, with no mutex
     /// held; other caches over the same storage must then `forget` it.
     std::function<void(const ByteRange&)> changed_storage;
@@ -119,6 +136,40 @@ public:
   /// As `Storage::extents`; bytes that only the cache has are data.
   Storage::Extents extents(Storage& storage, const ByteRange& range, bool only_first);
 
+  // ---- Who uses the cache. A connection whose storage was never admitted is trusted.
+
+  /// A connection begins to use the cache, as a guest: whether it sees the same disk as others is
+  /// not known. What a guest writes goes through its own storage, and nobody else's bytes do.
+  void admit(Storage& user);
+  /// It is known to see the same disk.
+  void trust(Storage& user);
+  /// A user, trusted or not, who has ended, or uses another cache from now on.
+  void leave(const Storage& user) noexcept;
+  /// Where everything is on storage: from now on only `founder` is trusted, and what others taught
+  /// the cache is forgotten. Returns whether it is so.
+  [[nodiscard]] bool found_anew(const Storage& founder);
+  /// Whether there is nothing that a guest could get wrong: it is known that nothing is cached; or
+  /// it only reads, and nothing was changed since `changes_seen`.
+  [[nodiscard]] bool admits_guest(bool changes, std::uint64_t changes_seen) const;
+  /// It is known that nothing is cached, and everything is on storage.
+  [[nodiscard]] bool passes_through() const;
+
+  enum class Likeness {
+    other_disk,   ///< `storage` does not have what the cache knows that its disk has
+    begins_alike, ///< it has, as far as anything is known: how the disk begins
+    alike,        ///< it has what was written last, which a copy of the disk would have as well
+    same_disk,    ///< it has what was written through another connection after `opened`
+  };
+  /// Compares what the cache knows of its disk with what `storage`, which was opened at `opened`,
+  /// has. Throws storage's error when it cannot be read.
+  [[nodiscard]] Likeness compare(Storage& storage, Unit::Clock::time_point opened);
+  /// Has a unit, or a few, written through the connection that wrote it last, so that `compare`
+  /// has something new to look at. Returns whether storage took one.
+  bool store_some();
+  /// Grows with every change that a client makes; a guest who has seen that it has not grown need
+  /// not compare again.
+  [[nodiscard]] std::uint64_t changes() const;
+
   // ---- The pieces that these are made of.
 
   /// Copies a write into its units, all of it or nothing. Never calls storage, never waits.
@@ -135,21 +186,13 @@ public:
   void write_through(Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
                      bool fua);
 
-  /// Writes the unit that has waited longest, together with full ones beside it that wait too.
-  /// Returns whether there was one. A unit that storage refuses stays, dirty and readable.
+  /// Writes the unit that has waited longest, together with full ones beside it that wait too: to
+  /// `storage`, or to whom `Settings::lend` names. Returns whether there was one that could be
+  /// written. A unit that storage refuses stays, dirty and readable.
   bool write_next(Storage& storage);
-  /// The connection that last wrote to the unit that `write_next` would take, and where the unit
-  /// ends; nothing when none waits.
-  struct Next {
-    const void* writer = nullptr;
-    ByteRange range;
-    /// Where its dirty bytes end: a connection that writes it must see an export so large.
-    std::uint64_t dirty_end = 0;
-    bool was_refused = false;
-  };
-  [[nodiscard]] std::optional<Next> next() const;
-  /// Nobody can write that unit now: it is treated as one that storage refused.
-  void give_up(const Next& next);
+  /// The same for who has no storage of his own. A unit that nobody can write now is treated as one
+  /// that storage refused. REQUIRES: `Settings::lend`.
+  void write_next();
   /// How many units wait to be written.
   [[nodiscard]] std::size_t waiting() const;
   /// Queues what has been left behind by time, whatever the budget has become too small for, and,
@@ -157,12 +200,11 @@ public:
   /// write.
   void tick();
 
-  /// Writes all that was acknowledged before the call, waiting for others who write some of it.
-  /// Storage's errors do not end it: every unit is tried, since this may be the last chance.
-  /// Returns what is in memory only when it is done.
-  Unsaved drain(Storage& storage);
-  /// `drain`, after which the cache takes nothing any more; it goes on serving reads.
-  Unsaved drain_and_stop(Storage& storage);
+  /// Writes what this connection wrote before the call, and what nobody is left to write for,
+  /// waiting for others who write some of it. Storage's errors do not end it, since this may be the
+  /// last chance: but once storage has said that it has no room it is asked no more.
+  /// Returns storage's first error.
+  std::error_code drain(Storage& storage);
   /// Whether storage has everything.
   [[nodiscard]] bool clean() const;
   /// Where it counts, for others who count the same cache's requests.
@@ -217,6 +259,8 @@ private:
       boost::intrusive::list<Unit,
                              boost::intrusive::member_hook<Unit, Unit::ListHook, &Unit::queue_hook>,
                              boost::intrusive::constant_time_size<false>>;
+  /// Where a unit begins, of each that a flush has to see to.
+  using Begins = std::vector<std::uint64_t>;
   /// Units side by side that one thread has claimed.
   using Job = boost::container::small_vector<Unit*, 16>;
   class Claim;
@@ -232,7 +276,15 @@ private:
   [[nodiscard]] std::size_t bookkeeping() const noexcept;
   [[nodiscard]] std::shared_ptr<Unit::Buffer> take_buffer(const Lock&);
   Unit& add_unit(const Lock&, std::uint64_t begin, std::shared_ptr<Unit::Buffer>&& buffer);
-  bool join_queue(const Lock&, Unit& unit, Unit::Reason reason) noexcept;
+  void place(const Lock&, Unit& unit) noexcept;
+  [[nodiscard]] bool all_stored(const Lock&) const noexcept;
+  /// Calls `function`, which must not move the unit, for each that has something storage lacks.
+  template <typename Function>
+  void for_each_unclean(const Lock&, Function function) {
+    for (UseOrder* const list : {&filling_, &busy_, &refused_})
+      std::ranges::for_each(*list, function);
+  }
+  bool join_queue(const Lock& lock, Unit& unit, Unit::Reason reason) noexcept;
   void enqueue(const Lock& lock, Unit& unit, Unit::Reason reason);
   void settle(const Lock& lock, Unit& unit);
   void count_unclean(const Lock&, Unit& unit, bool unclean) noexcept;
@@ -242,6 +294,9 @@ private:
   [[nodiscard]] bool may_retry(const Lock&, Unit::Clock::time_point now) const;
   [[nodiscard]] bool due() const;
   void queue_one_refused(const Lock& lock);
+  void queue_filling(const Lock& lock, Unit::Reason reason);
+  void forget_learned(const Lock& lock);
+  [[nodiscard]] bool passes_through(const Lock& lock) const;
   void drop_clean(const Lock& lock);
   void drop(const Lock&, Unit& unit);
   void relayout(const Lock& lock);
@@ -252,12 +307,16 @@ private:
   [[nodiscard]] static bool within_reach(const Lock&, const Unit& unit, const Storage& storage);
 
   void write_out(Storage& storage, const Job& job);
+  void write_claimed(Storage& storage, const Job& job, std::optional<RangeLock::Owned>& owned);
   [[nodiscard]] bool has_gaps(const Job& job, const ByteRange& within) const;
   [[nodiscard]] Segments start(Storage& storage, const Job& job);
   void fill_up(Storage& storage, Segment& segment);
   void write_segments(Storage& storage, const Segments& segments) const;
   void owe_again(const Segments& segments);
-  void finish(const Job& job, bool stored) noexcept;
+  void finish(const Job& job, bool stored, const std::error_code& refusal) noexcept;
+  void forget(const Lock& lock, const ByteRange& range);
+  void changed_by_guest(const Lock& lock, const ByteRange& range);
+  void look_at_disk(Storage& storage);
   void changed_on_storage(const ByteRange& range);
   void failed_on_storage(const ByteRange& range);
   void copy_cached(const Lock& lock, std::uint64_t offset, std::span<std::byte> data,
@@ -272,9 +331,26 @@ private:
                            const ByteRange& blocks, bool fua);
   bool make_room(Storage& storage);
   bool write_oldest(Storage& storage);
-  void refuse(const Lock&, Unit& unit) noexcept;
+  void refuse(const Lock& lock, Unit& unit) noexcept;
+  void note_progress(const Lock&) noexcept;
+  void give_up(const Lock& lock, std::uint64_t begin) noexcept;
+  void give_up_queue(const Lock& lock) noexcept;
   void leave_queue(const Lock&, Unit& unit, Unit::Turn turn) noexcept;
   bool write_busy_units(Storage& storage, const ByteRange& range);
+
+  /// What became of an attempt to write a unit.
+  enum class Attempt {
+    stored,
+    refused,
+    nobody, ///< there is no connection whose storage could take it
+    gone,   ///< somebody else writes it, or has
+  };
+  Attempt write_unit(Lock& lock, std::uint64_t begin, Storage* own, Unit::Reason reason,
+                     std::uint64_t attempt = 0, std::error_code* refusal = nullptr);
+  [[nodiscard]] std::optional<Handle::Use> borrow(Lock& lock, const Unit& unit) const;
+  [[nodiscard]] Unit* find(const Lock&, std::uint64_t begin);
+  [[nodiscard]] Next describe(const Lock&, const Unit& unit) const;
+  [[nodiscard]] bool wrote(const Lock&, const Storage& storage, const Unit& unit) const;
   std::error_code write_owed(Storage& storage, Unit::Reason reason);
 
   void count_write(const Lock&, const ByteRange& request) noexcept;
@@ -288,20 +364,24 @@ private:
   const std::uint64_t preferred_;
   RangeLock& ranges_;
   MemoryBudget& budget_;
+  MemoryBudget::Account account_;
 
   mutable std::mutex mutex_;
-  /// A unit's turn ended, or its dirty bytes went another way.
+  /// A unit's turn ended, or its dirty bytes went another way; and how often that was.
   std::condition_variable progress_;
+  std::uint64_t progressed_ = 0;
   Units units_;
-  /// Units that have something storage lacks, and the others; longest unused first.
-  UseOrder unclean_;
+  /// Each unit is in one of these, longest unused first: those that clients fill, those that are
+  /// queued or claimed, those that storage refused (all three lack something on storage), and the
+  /// others.
+  UseOrder filling_;
+  UseOrder busy_;
+  UseOrder refused_;
   UseOrder clean_;
   /// Units that wait to be written, longest first.
   Queue queue_;
   std::size_t queued_ = 0;
   std::size_t claimed_ = 0;
-  /// Memory of units that have something storage lacks, in bytes.
-  std::size_t unclean_bytes_ = 0;
   ZeroMap zero_map_;
   HeaderWatch header_;
   std::uint64_t size_;
@@ -311,10 +391,20 @@ private:
   bool has_layout_ = false;
   /// The same, by who only wants to know whether there is anything to do.
   std::atomic<bool> layout_was_read_ = false;
-  bool stopped_ = false;
+  /// How often everything that was learned has been forgotten.
+  std::uint64_t forgotten_ = 0;
   /// When storage last refused something, or one of those units was queued again; nothing when none
   /// is left.
   std::optional<Unit::Clock::time_point> refused_at_;
+  /// What storage said when it last refused a unit.
+  std::error_code last_refusal_;
+  /// Storage has said that it has no room: it is not asked for one unit after the other.
+  bool no_room_ = false;
+  /// Who was admitted, and has not left.
+  std::vector<Storage*> users_;
+  Witnesses witnesses_;
+  /// How often a flush, or the end of a connection, has asked for units to be written.
+  std::uint64_t attempts_ = 0;
   /// Grows with each write; tells which bytes a flush has to wait for.
   std::uint64_t moment_ = 0;
   std::uint64_t units_completed_ = 0;

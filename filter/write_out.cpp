@@ -5,8 +5,6 @@
 
 #include "readback_storage.hpp"
 
-#include <boost/container/flat_set.hpp>
-
 #include <algorithm>
 #include <cerrno>
 #include <exception>
@@ -49,14 +47,16 @@ public:
   Claim(WriteCache& cache, const Job& job) noexcept : cache_(cache), job_(job) {}
   Claim(const Claim&) = delete;
   Claim& operator=(const Claim&) = delete;
-  ~Claim() { cache_.finish(job_, stored_); }
+  ~Claim() { cache_.finish(job_, stored_, refusal_); }
 
   void stored() noexcept { stored_ = true; }
+  void refused(const std::error_code& refusal) noexcept { refusal_ = refusal; }
 
 private:
   WriteCache& cache_;
   const Job& job_;
   bool stored_ = false;
+  std::error_code refusal_;
 };
 
 bool WriteCache::within_reach(const Lock& /*lock*/, const Unit& unit, const Storage& storage) {
@@ -89,127 +89,221 @@ WriteCache::Job WriteCache::claim(const Lock& lock, Unit& unit, const Storage& s
   job.reserve(count);
   for (auto it = first; job.size() < count; ++it)
     job.push_back(&it->second);
-  for (Unit* claimed : job)
+  for (Unit* claimed : job) {
     leave_queue(lock, *claimed, Unit::Turn::claimed);
+    place(lock, *claimed);
+  }
+  budget_.write_began(account_);
   return job;
 }
 
-std::optional<WriteCache::Next> WriteCache::next() const {
-  const Lock lock(mutex_);
-  if (queue_.empty())
-    return std::nullopt;
-  const Unit& first = queue_.front();
-  return Next{first.last_writer, first.range(), first.dirty().hull().end, first.was_refused};
+Unit* WriteCache::find(const Lock& /*lock*/, std::uint64_t begin) {
+  const auto found = units_.find(begin);
+  return found == units_.end() ? nullptr : &found->second;
 }
 
-void WriteCache::give_up(const Next& next) {
-  const Lock lock(mutex_);
-  const auto found = units_.find(next.range.begin);
-  if (found == units_.end() || found->second.turn != Unit::Turn::queued)
-    return;
-  leave_queue(lock, found->second, Unit::Turn::none);
-  refuse(lock, found->second);
-  progress_.notify_all();
-  budget_.note_change();
+WriteCache::Next WriteCache::describe(const Lock& /*lock*/, const Unit& unit) const {
+  return {unit.last_writer, unit.range(), unit.dirty().hull().end, unit.was_refused};
+}
+
+/// Whether it is for this connection to see that the unit is written when it ends: it wrote to it,
+/// or nobody is left who did.
+bool WriteCache::wrote(const Lock& /*lock*/, const Storage& storage, const Unit& unit) const {
+  return unit.last_writer == &storage || unit.several_writers ||
+         std::ranges::find(users_, unit.last_writer) == users_.end();
 }
 
 /// Storage will not take the unit now: it stays, and goes behind all others.
-void WriteCache::refuse(const Lock& /*lock*/, Unit& unit) noexcept {
+void WriteCache::refuse(const Lock& lock, Unit& unit) noexcept {
   unit.refused();
   unit.touched = Unit::Clock::now();
   refused_at_ = unit.touched;
   unit.completed_before = units_completed_;
-  unit.hook.unlink();
-  unclean_.push_back(unit);
+  place(lock, unit);
+}
+
+/// What storage has said of one unit it would say of all that wait.
+void WriteCache::give_up_queue(const Lock& lock) noexcept {
+  while (!queue_.empty()) {
+    Unit& unit = queue_.front();
+    leave_queue(lock, unit, Unit::Turn::none);
+    refuse(lock, unit);
+  }
+}
+
+/// The lock is released meanwhile.
+std::optional<Handle::Use> WriteCache::borrow(Lock& lock, const Unit& unit) const {
+  const Next next = describe(lock, unit);
+  lock.unlock();
+  std::optional<Handle::Use> use = settings_.lend(next);
+  lock.lock();
+  return use;
+}
+
+/// Has the unit that begins there written out: to `own` where that wrote to it last, or is all that
+/// there is, or else to whom `Settings::lend` names. The lock is released meanwhile.
+WriteCache::Attempt WriteCache::write_unit(Lock& lock, std::uint64_t begin, Storage* own,
+                                           Unit::Reason reason, std::uint64_t attempt,
+                                           std::error_code* refusal) {
+  const auto ready = [&]() -> Unit* {
+    Unit* const found = find(lock, begin);
+    const bool waits = found != nullptr && found->turn != Unit::Turn::claimed;
+    return waits && !found->dirty().empty() ? found : nullptr;
+  };
+  Unit* unit = ready();
+  if (unit == nullptr)
+    return Attempt::gone;
+  const bool is_own = own != nullptr && unit->last_writer == own && within_reach(lock, *unit, *own);
+  const bool lends = settings_.lend && !is_own;
+  const std::optional<Handle::Use> lent = lends ? borrow(lock, *unit) : std::nullopt;
+  Storage* const storage = lends ? (lent ? &lent->storage() : nullptr) : own;
+  unit = ready();
+  if (unit == nullptr)
+    return Attempt::gone;
+  if (storage == nullptr || !within_reach(lock, *unit, *storage))
+    return Attempt::nobody;
+  if (unit->turn == Unit::Turn::none)
+    unit->reason = reason;
+  const Job job = claim(lock, *unit, *storage);
+  // Once written out, a unit may be gone.
+  const ByteRange claimed{job.front()->range().begin, job.back()->range().end};
+  const std::uint64_t step = job.front()->range().size();
+  lock.unlock();
+  std::error_code error;
+  try {
+    write_out(*storage, job);
+  } catch (const std::system_error& refused) {
+    error = refused.code();
+  } catch (...) {
+    lock.lock();
+    throw;
+  }
+  lock.lock();
+  if (!error)
+    return Attempt::stored;
+  for (std::uint64_t each = claimed.begin; each < claimed.end; each += step) {
+    if (Unit* const refused = find(lock, each))
+      refused->tried_in = attempt;
+  }
+  if (refusal != nullptr)
+    *refusal = error;
+  return Attempt::refused;
 }
 
 bool WriteCache::write_next(Storage& storage) {
   Lock lock(mutex_);
+  // Behind those that nobody can reach now.
   const auto unit = std::find_if(queue_.begin(), queue_.end(), [&](const Unit& waiting) {
-    return within_reach(lock, waiting, storage);
+    return settings_.lend || within_reach(lock, waiting, storage);
   });
   if (unit == queue_.end())
     return false;
-  const Job job = claim(lock, *unit, storage);
-  lock.unlock();
-  try {
-    write_out(storage, job);
-  } catch (const std::system_error&) {
-    // The units are dirty again; a flush will tell the client.
-  }
-  return true;
+  const Attempt attempt = write_unit(lock, unit->range().begin, &storage, unit->reason);
+  if (attempt == Attempt::nobody)
+    give_up(lock, unit->range().begin);
+  return attempt != Attempt::nobody;
+}
+
+void WriteCache::write_next() {
+  Lock lock(mutex_);
+  if (queue_.empty())
+    return;
+  const std::uint64_t begin = queue_.front().range().begin;
+  if (write_unit(lock, begin, nullptr, queue_.front().reason) == Attempt::nobody)
+    give_up(lock, begin);
+}
+
+/// Nobody can write that unit now: it is treated as one that storage refused.
+void WriteCache::give_up(const Lock& lock, std::uint64_t begin) noexcept {
+  Unit* const unit = find(lock, begin);
+  if (unit == nullptr || unit->turn != Unit::Turn::queued)
+    return;
+  leave_queue(lock, *unit, Unit::Turn::none);
+  refuse(lock, *unit);
+  note_progress(lock);
 }
 
 std::error_code WriteCache::write_owed(Storage& storage, Unit::Reason reason) {
   Lock lock(mutex_);
   const std::uint64_t moment = moment_; // what is acknowledged later delays nobody
-  for (Unit& unit : unclean_) {
-    if (unit.owes(moment) && !unit.was_refused)
-      enqueue(lock, unit, reason);
+  const std::uint64_t attempt = ++attempts_;
+  const auto owed = [&](const Unit& unit) {
+    return unit.owes(moment) && (reason != Unit::Reason::disconnect || wrote(lock, storage, unit));
+  };
+  // Units that storage has not refused yet come first, so that every one gets its chance.
+  Begins begins;
+  for_each_unclean(lock, [&](const Unit& unit) {
+    if (owed(unit))
+      begins.push_back(unit.range().begin);
+  });
+  // Others may write them meanwhile.
+  for (const std::uint64_t begin : begins) {
+    if (Unit* const unit = find(lock, begin); !unit->was_refused && !no_room_)
+      enqueue(lock, *unit, reason);
   }
-  // Whatever others refuse or leave is tried here, in the thread that has to report the error: each
-  // unit once.
-  boost::container::flat_set<std::uint64_t> tried;
+
   std::error_code error;
   bool out_of_reach = false;
   bool full = false;
-  for (;;) {
-    // Units that storage has not refused yet come first, so that every one gets its chance.
-    Unit* ready = nullptr;
-    bool others_write = false;
-    for (auto it = unclean_.begin();
-         it != unclean_.end() && (ready == nullptr || ready->was_refused); ++it) {
-      if (it->owes(moment) && !tried.contains(it->range().begin)) {
-        // What this connection cannot reach a background writer may, through another one.
-        const bool for_others = it->turn == Unit::Turn::queued && settings_.wake_writer &&
-                                !within_reach(lock, *it, storage);
-        if (it->turn == Unit::Turn::claimed || for_others)
-          others_write = true;
-        else if (!it->was_refused || (ready == nullptr && !full))
-          ready = &*it;
-      }
-    }
-    if (ready != nullptr && !within_reach(lock, *ready, storage)) {
-      tried.insert(ready->range().begin);
+  // Whatever others refuse or leave is tried here, in the thread that has to report the error: each
+  // unit once, and none once storage has said that it is full.
+  const auto settled = [&](std::uint64_t begin) {
+    Unit* const unit = find(lock, begin);
+    if (unit == nullptr || !owed(*unit))
+      return true;
+    if (unit->turn == Unit::Turn::claimed)
+      return false;
+    if (full || unit->tried_in == attempt)
+      return true;
+    std::error_code refusal;
+    switch (write_unit(lock, begin, &storage, reason, attempt, &refusal)) {
+    case Attempt::gone:
+      return false;
+    case Attempt::nobody:
       out_of_reach = true;
-    } else if (ready != nullptr) {
-      if (ready->turn == Unit::Turn::none)
-        ready->reason = reason;
-      const Job job = claim(lock, *ready, storage);
-      // Once written out, a unit may be gone.
-      const ByteRange claimed{job.front()->range().begin, job.back()->range().end};
-      const std::uint64_t step = job.front()->range().size();
-      lock.unlock();
-      try {
-        write_out(storage, job);
-        lock.lock();
-      } catch (const std::system_error& refusal) {
-        lock.lock();
-        for (std::uint64_t begin = claimed.begin; begin < claimed.end; begin += step)
-          tried.insert(begin);
-        error = error ? error : refusal.code();
-        full = full || (reason == Unit::Reason::flush && no_room(refusal.code()));
-      }
-    } else if (others_write) {
-      progress_.wait(lock);
-    } else {
-      tell_written(lock, reason);
-      // Storage's own answer says more than that there was nobody to ask.
-      return out_of_reach && !error ? std::error_code(EIO, std::generic_category()) : error;
+      return true;
+    case Attempt::refused:
+      error = error ? error : refusal;
+      full = full || no_room(refusal);
+      return true;
+    case Attempt::stored:
+      break;
     }
+    return true;
+  };
+  while (!begins.empty()) {
+    const std::uint64_t seen = progressed_; // the lock is released in between
+    std::erase_if(begins, settled);
+    if (!begins.empty())
+      progress_.wait(lock, [&] { return progressed_ != seen; });
   }
+  tell_written(lock, reason);
+  // Storage's own answer says more than that there was nobody to ask.
+  return out_of_reach && !error ? std::error_code(EIO, std::generic_category()) : error;
 }
 
 void WriteCache::write_out(Storage& storage, const Job& job) {
-  const ByteRange whole{job.front()->range().begin, job.back()->range().end};
-  const ByteRange within = whole.intersection({0, storage.capabilities().size});
   // Declared first: the claim has to end while the range is still owned.
   std::optional<RangeLock::Owned> owned;
   Claim claim(*this, job);
+  try {
+    write_claimed(storage, job, owned);
+  } catch (const std::system_error& refusal) {
+    claim.refused(refusal.code());
+    throw;
+  }
+  claim.stored();
+}
+
+void WriteCache::write_claimed(Storage& storage, const Job& job,
+                               std::optional<RangeLock::Owned>& owned) {
+  const ByteRange whole{job.front()->range().begin, job.back()->range().end};
+  const ByteRange within = whole.intersection({0, storage.capabilities().size});
   if (has_gaps(job, within))
     learn_zeros(storage, within);
 
   owned.emplace(ranges_.own(whole));
+  const auto begun = Unit::Clock::now();
   Segments segments = start(storage, job);
   for (Segment& segment : segments)
     fill_up(storage, segment);
@@ -227,12 +321,13 @@ void WriteCache::write_out(Storage& storage, const Job& job) {
   }
   {
     const Lock lock(mutex_);
-    for (const Segment& segment : segments)
+    for (const Segment& segment : segments) {
       zero_map_.changed(segment.range);
+      witnesses_.wrote(segment.range, segment.bytes(), begun);
+    }
   }
   for (const Segment& segment : segments)
     changed_on_storage(segment.range);
-  claim.stored();
 }
 
 /// Bytes that were written along with dirty ones may be what storage damaged, and nobody else has
@@ -327,25 +422,41 @@ void WriteCache::write_segments(Storage& storage, const Segments& segments) cons
   }
 }
 
-void WriteCache::finish(const Job& job, bool stored) noexcept {
+void WriteCache::finish(const Job& job, bool stored, const std::error_code& refusal) noexcept {
   const Lock lock(mutex_);
+  last_refusal_ = stored ? last_refusal_ : refusal;
+  if (!stored && no_room(refusal)) {
+    no_room_ = true;
+    give_up_queue(lock); // these come before the units of the job: each has its turn
+  }
   for (Unit* unit : job) {
     leave_queue(lock, *unit, Unit::Turn::none);
     const bool was_refused = unit->was_refused;
     if (stored) {
       count_written(lock, *unit);
       unit->stored();
+      no_room_ = no_room_ && !was_refused;
     } else {
       refuse(lock, *unit);
     }
     const bool wanted = unit->full(size_) || !has_layout_ || wanted_unit_size_ != unit_size_;
-    if (unit->clean())
+    if (unit->clean()) {
       settle(lock, *unit);
-    else if (stored && wanted)
-      enqueue(lock, *unit, Unit::Reason::new_layout); // a client has written to it meanwhile
+    } else if (stored) {
+      place(lock, *unit); // a client has written to it meanwhile
+      if (wanted)
+        enqueue(lock, *unit, Unit::Reason::new_layout);
+    }
     if (stored && was_refused)
       queue_one_refused(lock);
   }
+  budget_.write_ended(account_, stored);
+  note_progress(lock);
+}
+
+/// A unit's turn has ended, or its dirty bytes went another way.
+void WriteCache::note_progress(const Lock& /*lock*/) noexcept {
+  ++progressed_;
   progress_.notify_all();
   budget_.note_change();
 }

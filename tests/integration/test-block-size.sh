@@ -25,12 +25,11 @@ fresh_file "$work/disk" 8M
 answers 65536 file "$work/disk" qcowcache-cluster-size=512
 answers 65536 file "$work/disk" qcowcache-cluster-size=64K
 answers 2097152 file "$work/disk" qcowcache-cluster-size=2M
-for bits in 9 12 16; do
+# Nothing is read as long as nobody asks for data, so no header is known here.
+for bits in 9 12 16 21; do
     write_header "$work/disk" "$bits"
     answers 65536 file "$work/disk"
 done
-write_header "$work/disk" 21
-answers 2097152 file "$work/disk"
 
 write_header "$work/disk" 16
 answers 65536 --filter=blocksize-policy file "$work/disk" \

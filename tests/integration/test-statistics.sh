@@ -20,7 +20,8 @@ cat >"$work/reports.py" <<'END'
 import json, re
 from prometheus_client.parser import text_string_to_metric_families
 
-CAUSES = {"flush", "disconnect", "expiry", "memory", "cluster_end", "many_pieces", "new_layout"}
+CAUSES = {"flush", "disconnect", "expiry", "memory", "cluster_end", "many_pieces", "new_layout",
+          "comparison"}
 COUNTS = {
     "client_writes", "client_odd_writes", "client_written_bytes", "client_reads",
     "client_read_bytes", "client_flushes", "client_zeros", "client_trims", "storage_writes",

@@ -55,8 +55,8 @@ END
 
     read -r _ <"$work/waits"
     told=$(refusals)
-    # Each unit once, one more for each further flush, and one every five seconds.
-    if [ "$told" -lt 219 ] || [ "$told" -gt 320 ]; then
+    # Once for each flush, once or twice before the first, and one every five seconds.
+    if [ "$told" -lt 20 ] || [ "$told" -gt 60 ]; then
         fail "$writers writers: 200 units and 20 flushes made storage refuse $told times"
     fi
     rm "$work/full"

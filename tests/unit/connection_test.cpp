@@ -69,13 +69,13 @@ public:
   }
 
   void write(std::uint64_t offset, std::span<const std::byte> data) {
-    const Connection::InUse in_use = connection_.in_use();
+    const Connection::InUse in_use = connection_.in_use(Connection::Access::changes);
     CachedImage seen(in_use.cache, in_use.use.storage());
     Verifier::Change change(in_use.verifier, seen, {offset, offset + data.size()});
     in_use.cache.write(in_use.use.storage(), offset, data, false);
     change.wrote(data);
   }
-  Verifier::Outcome check() { return connection_.in_use().check(); }
+  Verifier::Outcome check() { return connection_.in_use(Connection::Access::reads).check(); }
 
   bool refuses_reads = false;
 
@@ -183,8 +183,8 @@ TEST_CASE("refused bytes wait for the next connection", "[connection]") {
   SECTION("of another size: they are reported lost") {
     const auto larger = image(41 * unit);
     Client next(serving, "a", larger, MemoryStorage::everything(41 * unit));
-    CHECK(serving.lost == 500);
     CHECK(next.read(unit, 500) == std::vector<std::byte>(500));
+    CHECK(serving.lost == 500);
   }
   SECTION("that never comes") {
     serving.exports().report_left();
@@ -200,6 +200,7 @@ TEST_CASE("refused bytes that only a larger connection can store wait for one", 
   const auto data = pattern(500, 1);
   {
     Client stays(serving, "a", disk, small);
+    CHECK(stays.read(unit, 1) == std::vector<std::byte>(1));
     {
       Client client(serving, "a", disk, large, [](const MemoryStorage::Call& call) {
         if (call.kind == Kind::write)

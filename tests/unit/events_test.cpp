@@ -126,7 +126,7 @@ TEST_CASE("of many refusals the first is told, and how many they were", "[events
   CHECK_THROWS(told.cache->flush(told.storage));
   CHECK(told.next_decisions() ==
         Lines{"keeping 65536-131071 in memory: refused: No space left on device",
-              "flush; units written since the last line: 5 writes refused"});
+              "flush; units written since the last line: 1 writes refused"});
 }
 
 TEST_CASE("a trace has every write absorbed, written and filled up", "[events]") {

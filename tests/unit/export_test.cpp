@@ -26,6 +26,7 @@ using qcowcache::Count;
 using qcowcache::Export;
 using qcowcache::Exports;
 using qcowcache::Handle;
+using qcowcache::Image;
 using qcowcache::MemoryBudget;
 using qcowcache::Snapshot;
 using qcowcache::Statistics;
@@ -83,32 +84,37 @@ private:
   Exports exports_{settings(), budget_};
 };
 
-/// A client's connection to one export.
+/// A client's connection to one export, which uses it from the start.
 class Client {
 public:
   Client(Server& server, const std::string& name, const Capabilities& capabilities,
-         std::shared_ptr<MemoryDisk> disk)
-      : exports_(server.exports()),
+         std::shared_ptr<MemoryDisk> disk, bool onlooker = false)
+      : exports_(server.exports()), of_(exports_.visit(name)),
         owned_(std::make_unique<MemoryStorage>(capabilities, std::move(disk))), storage_(*owned_),
-        handle_(std::make_shared<Handle>(std::move(owned_))),
-        membership_(exports_.attach(name, handle_)) {}
+        handle_(std::make_shared<Handle>(std::move(owned_))) {
+    if (!onlooker)
+      enter(true);
+  }
   Client(const Client&) = delete;
   Client& operator=(const Client&) = delete;
   ~Client() { leave(); }
 
   /// Ends the connection as nbdkit does, but for writing what is left.
   void leave() {
-    if (membership_.cache == nullptr)
+    if (!of_)
       return;
     handle_->retire();
-    exports_.detach(membership_, handle_);
-    membership_ = {};
+    exports_.leave(of_, *handle_, image_);
+    image_.reset();
+    of_.reset();
   }
 
   void write(std::uint64_t offset, std::string_view text, bool fua = false) {
+    enter(true);
     cache().write(storage_, offset, as_text::parse(text), fua);
   }
   [[nodiscard]] std::string read(std::uint64_t offset, std::size_t size) {
+    enter(false);
     std::vector<std::byte> data(size);
     cache().read(storage_, offset, data);
     return as_text::bytes(data);
@@ -116,6 +122,7 @@ public:
   /// Storage's answer.
   int flush() {
     try {
+      enter(false);
       cache().flush(storage_);
     } catch (const std::system_error& error) {
       return error.code().value();
@@ -129,24 +136,30 @@ public:
     };
   }
 
-  /// The first data request has been made.
-  void show() { handle_->show(); }
   /// A unit that waits to be written, this client having written to it last.
   [[nodiscard]] WriteCache::Next waiting(const ByteRange& range, bool was_refused) const {
     return {static_cast<const qcowcache::Storage*>(&storage_), range,
             std::min(range.end, cache().size()), was_refused};
   }
 
-  [[nodiscard]] WriteCache& cache() const { return *membership_.cache; }
+  [[nodiscard]] WriteCache& cache() const { return image_->cache(); }
+  [[nodiscard]] const Image& image() const { return *image_; }
+  [[nodiscard]] bool is_guest() const { return handle_->is_guest(); }
   [[nodiscard]] MemoryStorage& storage() const { return storage_; }
-  [[nodiscard]] const std::shared_ptr<Export>& of() const { return membership_.of; }
+  [[nodiscard]] const std::shared_ptr<Export>& of() const { return of_; }
 
 private:
+  void enter(bool changes) {
+    if (!image_ || handle_->is_guest())
+      image_ = of_->enter(handle_, image_, changes).image;
+  }
+
   Exports& exports_;
+  std::shared_ptr<Export> of_;
   std::unique_ptr<MemoryStorage> owned_;
   MemoryStorage& storage_;
   std::shared_ptr<Handle> handle_;
-  Exports::Membership membership_;
+  std::shared_ptr<Image> image_;
 };
 
 std::shared_ptr<MemoryDisk> new_disk(std::uint64_t size = disk_size) {
@@ -350,13 +363,15 @@ TEST_CASE("bytes that storage refused wait for the next connection", "[export]")
 
 TEST_CASE("beside bytes that storage refused nothing is remembered", "[export]") {
   // In the same unit, and in another one.
-  const std::uint64_t clean[] = {unit / 2, 2 * unit};
+  const std::uint64_t clean[] = {unit / 2, 2 * unit + unit / 2};
   Server server;
   const auto disk = new_disk();
   {
     Client unlucky(server, "a", shared(), disk);
-    for (const std::uint64_t offset : clean)
+    for (const std::uint64_t offset : clean) {
+      unlucky.write(offset - 4096, "the disk is recognised by this");
       unlucky.write(offset, "known");
+    }
     REQUIRE(unlucky.flush() == 0);
     unlucky.storage_refuses_writes();
     unlucky.write(100, "hello");
@@ -524,11 +539,11 @@ TEST_CASE("a unit is written through the connection that wrote to it last, or wh
   Server server;
   const auto disk = new_disk();
   Client first(server, "a", shared(), disk);
-  Client second(server, "a", shared(), disk);
-  first.show();
-  second.show();
+  Client second(server, "a", shared(), disk, true);
+  first.write(0, "hello");
+  second.write(unit, "hello"); // it sees what the first one has stored
   const auto lent = [&](const WriteCache::Next& next) -> const qcowcache::Storage* {
-    const auto use = first.of()->borrow(first.cache(), next);
+    const auto use = first.image().lend(next);
     return use ? &use->storage() : nullptr;
   };
   CHECK(lent(first.waiting({0, unit}, false)) == &first.storage());
@@ -549,9 +564,10 @@ TEST_CASE("a connection is lent only when its storage can take the unit", "[expo
   read_only.can_write = false;
   const auto disk = new_disk(odd.size);
   Client writer(server, "a", odd, disk);
+  writer.write(0, "hello");
   Client cannot_write(server, "a", read_only, disk);
+  writer.write(0, "hello");
   Client too_small(server, "a", shared(), disk);
-  Client not_shown(server, "a", odd, disk);
   Client with_another_cache(
       server, "a",
       [&] {
@@ -560,11 +576,9 @@ TEST_CASE("a connection is lent only when its storage can take the unit", "[expo
         return capabilities;
       }(),
       disk);
-  for (Client* client : {&writer, &cannot_write, &too_small, &with_another_cache})
-    client->show();
   const ByteRange last{disk_size, disk_size + unit};
   const auto lent = [&](const WriteCache::Next& next) -> const qcowcache::Storage* {
-    const auto use = cannot_write.of()->borrow(cannot_write.cache(), next);
+    const auto use = cannot_write.image().lend(next);
     return use ? &use->storage() : nullptr;
   };
   // The end of the unit lies behind the end of the export.

@@ -37,27 +37,21 @@ TEST_CASE("a retired handle gives no right any more", "[handle]") {
   CHECK_FALSE(handle.use());
 }
 
-TEST_CASE("others may borrow a handle from when its connection has shown it until it is retired",
-          "[handle]") {
+TEST_CASE("who retires a handle waits for those who use it", "[handle]") {
   Handle handle(some_storage());
-  CHECK_FALSE(handle.borrow());
-  CHECK(handle.use());
-  CHECK_FALSE(handle.borrow());
-  handle.show();
-  CHECK(handle.borrow());
-  handle.retire();
-  CHECK_FALSE(handle.borrow());
-}
-
-TEST_CASE("who retires a handle waits for those who borrowed it, too", "[handle]") {
-  Handle handle(some_storage());
-  handle.show();
-  std::optional<Handle::Use> borrowed = handle.borrow();
+  std::optional<Handle::Use> used = handle.use();
   WatchedThread retiring([&] { handle.retire(); });
   const bool waited = retiring.waits();
-  borrowed.reset();
+  used.reset();
   CHECK(retiring.ends());
   CHECK(waited);
+}
+
+TEST_CASE("a handle was opened before whatever is done later", "[handle]") {
+  const auto before = std::chrono::steady_clock::now();
+  const Handle handle(some_storage());
+  CHECK(handle.opened() >= before);
+  CHECK(handle.opened() <= std::chrono::steady_clock::now());
 }
 
 TEST_CASE("a handle may be retired again", "[handle]") {

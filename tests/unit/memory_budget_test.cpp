@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <latch>
+#include <list>
 #include <memory>
 #include <new>
 #include <optional>
@@ -455,10 +456,56 @@ TEST_CASE("a lower limit takes effect as memory comes back, a higher one at once
 TEST_CASE("a fair share is half of the memory for one, and leaves some for the next",
           "[memory_budget]") {
   MemoryBudget budget(8 * page);
-  CHECK(budget.fair(0, 8 * page));
-  budget.add_unclean(4 * page);
-  CHECK_FALSE(budget.fair(4 * page, page));
-  CHECK(budget.fair(0, page));
-  budget.add_unclean(-static_cast<std::ptrdiff_t>(page));
-  CHECK(budget.fair(3 * page, page));
+  MemoryBudget::Account first(budget);
+  MemoryBudget::Account second(budget);
+  for (MemoryBudget::Account* account : {&first, &second})
+    budget.answered(*account, true); // storage takes what it is given
+  CHECK(budget.may_have(first, 8 * page));
+  budget.add_unclean(first, 4 * page);
+  CHECK_FALSE(budget.may_have(first, page));
+  CHECK(budget.may_have(second, page));
+  budget.add_unclean(first, -static_cast<std::ptrdiff_t>(page));
+  CHECK(budget.may_have(first, page));
+}
+
+TEST_CASE("those whose storage takes nothing leave half of the memory to others, however many "
+          "they are",
+          "[memory_budget]") {
+  MemoryBudget budget(64 * page);
+  const int what = GENERATE(0, 1, 2);
+  std::list<MemoryBudget::Account> such;
+  std::size_t taken = 0;
+  for (int i = 0; i < 50; ++i) {
+    MemoryBudget::Account& account = such.emplace_back(budget);
+    if (what == 1) {
+      budget.write_began(account); // and hangs, from the first write on
+    } else if (what == 2) {
+      budget.write_began(account);
+      budget.write_ended(account, false);
+    }
+    for (; budget.may_have(account, page); taken += page)
+      budget.add_unclean(account, static_cast<std::ptrdiff_t>(page));
+  }
+  CHECK(taken <= 32 * page);
+  CHECK(taken >= 16 * page);
+
+  MemoryBudget::Account works(budget);
+  budget.answered(works, true);
+  CHECK(budget.may_have(works, 16 * page));
+  such.clear();
+  CHECK(budget.may_have(works, 64 * page));
+}
+
+TEST_CASE("storage that has not answered for long counts as such that takes nothing, until it does",
+          "[memory_budget]") {
+  MemoryBudget budget(8 * page);
+  MemoryBudget::Account account(budget);
+  budget.answered(account, true);
+  budget.write_began(account);
+  CHECK(budget.may_have(account, 8 * page));
+  while (budget.may_have(account, 8 * page))
+    std::this_thread::yield();
+  CHECK(budget.may_have(account, 4 * page));
+  budget.write_ended(account, true);
+  CHECK(budget.may_have(account, 8 * page));
 }

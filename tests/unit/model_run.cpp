@@ -92,6 +92,7 @@ private:
     /// Owned by the connection.
     ModelStorage* storage = nullptr;
     bool cached_before = false;
+    bool has_changed = false;
   };
 
   Export::Settings settings() {
@@ -142,7 +143,12 @@ private:
     fired_.clear();
     trimmed_.clear();
     for (Client& client : clients_)
-      client.cached_before = client.connection && client.connection->cache().caching();
+      client.cached_before = caches(client);
+  }
+
+  [[nodiscard]] static bool caches(const Client& client) {
+    const Image* const image = client.connection ? client.connection->image() : nullptr;
+    return image != nullptr && image->cache().caching();
   }
 
   void breaks(const std::string& promise) {
@@ -206,6 +212,7 @@ private:
     const auto refuse = [&](const ModelStep& step) {
       fired_.insert(static_cast<int>(step.error));
       refused_ever_ = true;
+      reads_refused_ = reads_refused_ || call.kind == Fails::read;
       return Verdict{static_cast<int>(step.error), step.torn, false};
     };
     if (call.kind == Fails::write && ++writes_ == setup_.loses_write)
@@ -256,7 +263,7 @@ private:
     if (!fits(can.minimum))
       wrong("not in whole blocks of the minimum size");
     const bool fill_up = call.kind == Fails::read && !reading_;
-    const bool caching = client.cached_before && client.connection->cache().caching();
+    const bool caching = client.cached_before && caches(client);
     if (caching && (call.kind == Fails::write || fill_up) && !fits(can.write_alignment()))
       wrong("not aligned");
   }
@@ -289,9 +296,9 @@ private:
 
   /// Sends a request; returns errno, or 0. A failure must have a reason.
   int request(std::uint64_t client, const std::function<void(WriteCache&, Storage&)>& work,
-              int excused = 0) {
+              int excused = 0, Connection::Access access = Connection::Access::reads) {
     try {
-      const Connection::InUse in_use = clients_[client].connection->in_use();
+      const Connection::InUse in_use = clients_[client].connection->in_use(access);
       work(in_use.cache, in_use.use.storage());
       return 0;
     } catch (const std::system_error& error) {
@@ -355,7 +362,7 @@ private:
   void write(std::uint64_t client, std::uint64_t offset, const Bytes& data, bool fua) {
     View& view = view_of(client);
     const ByteRange range{offset, offset + data.size()};
-    const auto caching = [&] { return clients_[client].connection->cache().caching(); };
+    const auto caching = [&] { return caches(clients_[client]); };
     const std::optional<bool> header = has_header(client);
     const bool through = (!caching() || header == false) && !range.overlaps({0, header_end});
     view.model.may_be(offset, data);
@@ -467,26 +474,20 @@ private:
 
   [[nodiscard]] bool within_reach(std::uint64_t client) const {
     const Connection& connection = *clients_[client].connection;
-    const Unsaved unsaved = connection.cache().unsaved();
+    if (connection.image() == nullptr)
+      return true;
+    const Unsaved unsaved = connection.image()->cache().unsaved();
     return unsaved.bytes == 0 || (connection.capabilities().can_write &&
                                   unsaved.ranges.hull().end <= connection.capabilities().size);
   }
 
-  /// With background writers a flush waits until they have tried what it cannot reach itself; here
-  /// it would wait for ever.
-  [[nodiscard]] bool would_wait(std::uint64_t client) const {
-    return setup_.background && !within_reach(client);
-  }
-
   void flush(std::uint64_t client) {
-    if (would_wait(client))
-      return;
     const int excused = within_reach(client) ? 0 : EIO;
     const int error = request(
         client, [](WriteCache& cache, Storage& storage) { cache.flush(storage); }, excused);
     if (error != 0)
       return;
-    if (clients_[client].connection->cache().unsaved().bytes > 0)
+    if (clients_[client].connection->image()->cache().unsaved().bytes > 0)
       breaks("flush: some bytes are still in memory only");
     check_stored(client, "flushed", {0, view_of(client).disk->size()}, true);
   }
@@ -495,23 +496,7 @@ private:
   void take_turn(std::uint64_t client) {
     if (!setup_.background)
       return;
-    request(client, [&](WriteCache& cache, Storage& /*storage*/) {
-      const std::optional<WriteCache::Next> next = cache.next();
-      if (!next)
-        return;
-      Storage* chosen = nullptr;
-      for (Client& candidate : clients_) {
-        const bool shares = candidate.connection && &candidate.connection->cache() == &cache;
-        if (shares && candidate.connection->capabilities().can_write &&
-            candidate.connection->capabilities().size >= next->dirty_end) {
-          const bool wrote_last = next->writer == static_cast<Storage*>(candidate.storage);
-          if (chosen == nullptr || wrote_last != next->was_refused)
-            chosen = candidate.storage;
-        }
-      }
-      if (chosen == nullptr || !cache.write_next(*chosen))
-        cache.give_up(*next);
-    });
+    request(client, [](WriteCache& cache, Storage& /*storage*/) { cache.write_next(); });
   }
 
   // ---- Coming and going
@@ -555,10 +540,21 @@ private:
       return;
     }
     sizes_seen_.insert(size);
-    if (!lost_.empty() && sizes_seen_.size() == 1)
+  }
+
+  /// The first data request finds out what the connection sees; so do those of a guest. Returns
+  /// whether it could.
+  bool enter(std::uint64_t client, Connection::Access access) {
+    lost_.clear();
+    const int error = request(
+        client, [](WriteCache&, Storage&) {}, 0, access);
+    View& view = view_of(client);
+    // Without anything to recognise a disk by, what was left of it counts as that of another.
+    if (!lost_.empty() && sizes_seen_.size() == 1 && !reads_refused_ && !vanished_)
       breaks("bytes were given up for a connection of the same size");
-    for (const ByteRange& lost : lost_.inside({0, size}))
+    for (const ByteRange& lost : lost_.inside({0, view.disk->size()}))
       view.model.is(lost.begin, view.disk->now(lost));
+    return error == 0;
   }
 
   void disconnect(std::uint64_t number, bool properly) {
@@ -566,15 +562,20 @@ private:
     View& view = view_of(number);
     const bool reached = within_reach(number);
     const bool writable = client.connection->capabilities().can_write;
+    const bool wrote = std::exchange(client.has_changed, false);
+    vanished_ = vanished_ || !properly;
     lost_.clear();
-    if (properly && !would_wait(number))
+    if (properly)
       client.connection->drain();
     client.connection->end();
     client.connection.reset();
     client.storage = nullptr;
 
     const ByteRange all{0, view.disk->size()};
-    const bool all_stored = properly && reached && fired_.empty() && writable;
+    // What others wrote is for them to see to.
+    const bool for_it_to_store =
+        setup_.sharing != Sharing::cache || (wrote && !anybody_connected());
+    const bool all_stored = properly && reached && fired_.empty() && writable && for_it_to_store;
     if (!lost_.empty() && (all_stored || setup_.sharing == Sharing::cache))
       breaks("disconnecting lost bytes: " + text_of(lost_.hull()));
     for (const ByteRange& lost : lost_)
@@ -608,10 +609,21 @@ private:
     }
   }
 
+  [[nodiscard]] static bool changes_something(StepKind kind) {
+    return kind == StepKind::write || kind == StepKind::header || kind == StepKind::zero ||
+           kind == StepKind::trim;
+  }
+
   void ask(const ModelStep& step) {
     const std::uint64_t client = step.connection;
     const ByteRange range = range_of(step, false);
     const ByteRange changes = range_of(step, true);
+    const bool ends = step.kind == StepKind::disconnect || step.kind == StepKind::vanish;
+    const bool will_change = changes_something(step.kind) && !changes.empty();
+    if (!ends &&
+        !enter(client, will_change ? Connection::Access::changes : Connection::Access::reads))
+      return;
+    clients_[client].has_changed = clients_[client].has_changed || will_change;
     switch (step.kind) {
     case StepKind::disconnect:
       disconnect(client, true);
@@ -680,7 +692,7 @@ private:
 
   void finish() {
     for (std::uint64_t i = 0; i < clients_.size() && broken_.empty(); ++i) {
-      if (clients_[i].connection) {
+      if (clients_[i].connection && enter(i, Connection::Access::reads)) {
         const Capabilities& can = clients_[i].connection->capabilities();
         if (can.size > 0)
           read(i, {0, can.size});
@@ -696,7 +708,7 @@ private:
     next_size_ = views_.front().disk->size();
     if (broken_.empty())
       connect({});
-    if (broken_.empty() && next_size_ > 0)
+    if (broken_.empty() && next_size_ > 0 && enter(0, Connection::Access::reads))
       read(0, {0, next_size_});
     if (broken_.empty())
       flush(0);
@@ -728,6 +740,8 @@ private:
   ByteRanges lost_;
   std::uint64_t writes_ = 0;
   bool refused_ever_ = false;
+  bool reads_refused_ = false;
+  bool vanished_ = false;
 
   // Of the current step.
   const ModelStep* step_ = nullptr;

@@ -143,7 +143,8 @@ public:
   }
 
   void flush() {
-    if (request([](WriteCache& cache, Storage& storage) { cache.flush(storage); }))
+    if (request([](WriteCache& cache, Storage& storage) { cache.flush(storage); },
+                Connection::Access::reads))
       check_all("flushed", world_.disk()->durable());
   }
 
@@ -158,7 +159,8 @@ public:
 
   void read_all() {
     Bytes found(world_.size());
-    if (request([&](WriteCache& cache, Storage& storage) { cache.read(storage, 0, found); }))
+    if (request([&](WriteCache& cache, Storage& storage) { cache.read(storage, 0, found); },
+                Connection::Access::reads))
       check_all("read", found);
   }
 
@@ -195,9 +197,9 @@ private:
 
   /// Returns whether it succeeded.
   template <typename Work>
-  bool request(Work work) {
+  bool request(Work work, Connection::Access access = Connection::Access::changes) {
     try {
-      const Connection::InUse in_use = connection_->in_use();
+      const Connection::InUse in_use = connection_->in_use(access);
       work(in_use.cache, in_use.use.storage());
       return true;
     } catch (const std::system_error& error) {

@@ -39,6 +39,8 @@ public:
   void stop_writers() noexcept { writeback_.stop(); }
   /// Bytes that were reported lost.
   std::atomic<std::uint64_t> lost = 0;
+  /// How often a connection was found to see another disk than others.
+  std::atomic<unsigned> other_disks = 0;
 
 private:
   qcowcache::Export::Settings settings(unsigned writers, std::chrono::milliseconds retry) {
@@ -48,6 +50,7 @@ private:
     settings.report_loss = [this](const std::string&, const qcowcache::Unsaved& unsaved) {
       lost += unsaved.bytes;
     };
+    settings.report_disk = [this](const std::string&, const std::string&) { ++other_disks; };
     settings.retry = retry;
     return settings;
   }
@@ -60,6 +63,7 @@ private:
 /// A client: a connection and the storage that was made for it.
 class Client {
 public:
+  using Access = qcowcache::Connection::Access;
   using Hook = std::function<void(const MemoryStorage::Call&)>;
 
   /// `before` and `after` as in `MemoryStorage`.
@@ -77,35 +81,35 @@ public:
   ~Client() { leave(); }
 
   void write(std::uint64_t offset, std::span<const std::byte> data, bool fua = false) {
-    const qcowcache::Connection::InUse in_use = connection_.in_use();
+    const qcowcache::Connection::InUse in_use = connection_.in_use(Access::changes);
     in_use.cache.write(in_use.use.storage(), offset, data, fua);
   }
   std::vector<std::byte> read(std::uint64_t offset, std::size_t size) {
     std::vector<std::byte> data(size);
-    const qcowcache::Connection::InUse in_use = connection_.in_use();
+    const qcowcache::Connection::InUse in_use = connection_.in_use(Access::reads);
     in_use.cache.read(in_use.use.storage(), offset, data);
     return data;
   }
   void flush() {
-    const qcowcache::Connection::InUse in_use = connection_.in_use();
+    const qcowcache::Connection::InUse in_use = connection_.in_use(Access::reads);
     in_use.cache.flush(in_use.use.storage());
   }
   void zero(const qcowcache::ByteRange& range,
             const qcowcache::Storage::ZeroOptions& options = {}) {
-    const qcowcache::Connection::InUse in_use = connection_.in_use();
+    const qcowcache::Connection::InUse in_use = connection_.in_use(Access::changes);
     in_use.cache.zero(in_use.use.storage(), range, options);
   }
   void trim(const qcowcache::ByteRange& range, bool fua = false) {
-    const qcowcache::Connection::InUse in_use = connection_.in_use();
+    const qcowcache::Connection::InUse in_use = connection_.in_use(Access::changes);
     in_use.cache.trim(in_use.use.storage(), range, fua);
   }
   qcowcache::Storage::Extents extents(const qcowcache::ByteRange& range) {
-    const qcowcache::Connection::InUse in_use = connection_.in_use();
+    const qcowcache::Connection::InUse in_use = connection_.in_use(Access::reads);
     return in_use.cache.extents(in_use.use.storage(), range, false);
   }
   void prefetch(const qcowcache::ByteRange& range) {
-    const qcowcache::Connection::InUse in_use = connection_.in_use();
-    in_use.use.storage().cache(range);
+    const auto use = connection_.storage_if_any();
+    use->storage().cache(range);
   }
   void leave() {
     connection_.drain();

@@ -62,10 +62,10 @@ struct Counting {
   }
   [[nodiscard]] std::uint64_t partial_units() const {
     std::uint64_t all = 0;
-    for (const Count cause :
-         {Count::partial_units_flush, Count::partial_units_disconnect, Count::partial_units_expiry,
-          Count::partial_units_memory, Count::partial_units_cluster_end,
-          Count::partial_units_many_pieces, Count::partial_units_new_layout})
+    for (const Count cause : {Count::partial_units_flush, Count::partial_units_disconnect,
+                              Count::partial_units_expiry, Count::partial_units_memory,
+                              Count::partial_units_cluster_end, Count::partial_units_many_pieces,
+                              Count::partial_units_new_layout, Count::partial_units_comparison})
       all += (*this)[cause];
     return all;
   }

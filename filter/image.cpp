@@ -1,0 +1,215 @@
+#include "image.hpp"
+
+#include <algorithm>
+#include <utility>
+
+namespace qcowcache {
+
+/// What the background writers see of an image's cache.
+class Image::Source final : public Writeback::Source {
+public:
+  Source(std::shared_ptr<const void> owner, std::shared_ptr<Image> image) noexcept
+      : owner_(std::move(owner)), image_(std::move(image)) {}
+
+  void write_one() override { image_->cache_->write_next(); }
+  [[nodiscard]] std::size_t waiting() const override { return image_->cache_->waiting(); }
+  void tick() override { image_->cache_->tick(); }
+
+private:
+  // In this order: the image uses what its owner has, so it goes first.
+  const std::shared_ptr<const void> owner_;
+  const std::shared_ptr<Image> image_;
+};
+
+/// What the background writers see of a verifier.
+class Image::Decoding final : public Writeback::Source {
+public:
+  explicit Decoding(std::shared_ptr<Verifier> verifier) noexcept : verifier_(std::move(verifier)) {}
+
+  void write_one() override { verifier_->decode_one(); }
+  [[nodiscard]] std::size_t waiting() const override { return verifier_->waiting(); }
+  void tick() override { verifier_->shrink(); }
+
+private:
+  const std::shared_ptr<Verifier> verifier_;
+};
+
+void Image::begin(const Capabilities& capabilities, std::shared_ptr<const void> owner,
+                  std::function<void(const Image&, const ByteRange&)> changed,
+                  Verifier::Left left) {
+  // What the cache's callbacks need to know of it, set before anybody can use it.
+  const auto self = std::make_shared<std::weak_ptr<Writeback::Source>>();
+  WriteCache::Settings settings;
+  settings.cluster_size = settings_.cluster_size;
+  settings.max_write = settings_.max_write;
+  settings.expire = settings_.expire;
+  if (settings_.statistics != nullptr)
+    settings.counters = settings_.statistics->counters(name_);
+  settings.events = settings_.events.about("export \"" + printable(name_) + "\": ");
+  settings.retry = settings_.retry;
+  settings.changed_storage = [this, changed = std::move(changed)](const ByteRange& range) {
+    changed(*this, range);
+  };
+  if (settings_.lend)
+    settings.lend = [this](const WriteCache::Next& next) { return lend(next); };
+  if (settings_.writeback != nullptr) {
+    settings.wake_writer = [writeback = settings_.writeback, self](std::size_t waiting) {
+      if (const std::shared_ptr<Writeback::Source> source = self->lock())
+        writeback->wake(source, waiting);
+    };
+  }
+  cache_ = std::make_shared<WriteCache>(std::move(settings), capabilities, ranges_, budget_);
+  budget_.add_holder(cache_);
+  add_verifier(std::move(left));
+  if (settings_.writeback != nullptr) {
+    const auto source = std::make_shared<Source>(std::move(owner), shared_from_this());
+    *self = source;
+    source_ = source;
+    settings_.writeback->add(source);
+  }
+}
+
+void Image::end() {
+  if (const std::shared_ptr<Writeback::Source> source = source_.lock())
+    settings_.writeback->remove(source);
+}
+
+void Image::add_verifier(Verifier::Left left) {
+  if (!settings_.verify)
+    return;
+  // As above: set before anybody can use it.
+  const auto self = std::make_shared<std::weak_ptr<Writeback::Source>>();
+  Verifier::Settings settings;
+  settings.patience = settings_.patience;
+  settings.counters = cache_->counters();
+  settings.report = [this](const std::string& line) { settings_.report_damage(name_, line); };
+  if (settings_.writeback != nullptr) {
+    settings.wake = [writeback = settings_.writeback, self](std::size_t waiting) {
+      if (const std::shared_ptr<Writeback::Source> decoding = self->lock())
+        writeback->wake(decoding, waiting);
+    };
+  }
+  settings.decompressors = settings_.decompressors;
+  settings.left = std::move(left);
+  verifiers_.push_back(std::make_shared<Verifier>(std::move(settings), budget_));
+  if (settings_.writeback != nullptr) {
+    const auto decoding = std::make_shared<Decoding>(verifiers_.back());
+    *self = decoding;
+    decoding_ = decoding;
+    settings_.writeback->add(decoding);
+  }
+  verifier_ = verifiers_.back().get();
+}
+
+Verifier::Left Image::remove_verifier() {
+  if (const std::shared_ptr<Writeback::Source> decoding = decoding_.lock())
+    settings_.writeback->remove(decoding);
+  Verifier::Left left;
+  if (const Verifier* const removed = verifier_.exchange(nullptr))
+    left = removed->left();
+  return left;
+}
+
+bool Image::is_used() const {
+  const std::lock_guard lock(mutex_);
+  return !users_.empty();
+}
+
+bool Image::is_used_by(const Handle& handle) const {
+  const std::lock_guard lock(mutex_);
+  return std::ranges::any_of(users_, [&](const auto& user) { return user.get() == &handle; });
+}
+
+bool Image::is_used_by_others(const Handle& handle) const {
+  const std::lock_guard lock(mutex_);
+  return std::ranges::any_of(users_, [&](const auto& user) { return user.get() != &handle; });
+}
+
+Image::Standing Image::standing(Handle& newcomer, bool changes) const {
+  const std::optional<Handle::Use> use = newcomer.use();
+  if (!use)
+    return Standing::guest; // it has ended, and uses nothing any more
+  const bool others = is_used_by_others(newcomer);
+  const bool other_size = !is_used_by(newcomer) && cache_->size() != newcomer.capabilities().size;
+  // What is stored may be all zeros, and show nothing; and others may go on writing meanwhile.
+  constexpr int most_comparisons = 64;
+  for (int comparisons = 0; comparisons < most_comparisons; ++comparisons) {
+    switch (cache_->compare(use->storage(), newcomer.opened())) {
+    case WriteCache::Likeness::other_disk:
+      return Standing::stranger;
+    case WriteCache::Likeness::same_disk:
+      return Standing::trusted;
+    case WriteCache::Likeness::begins_alike:
+      if (!others && other_size && !cache_->clean())
+        return Standing::stranger; // many disks begin alike: not enough for what is left of one
+      break;
+    case WriteCache::Likeness::alike:
+      break;
+    }
+    if (cache_->clean())
+      return changes && !cache_->passes_through() ? Standing::founder : Standing::guest;
+    if (!others || !cache_->store_some())
+      return Standing::trusted; // more than this nobody can know of bytes that nobody can write
+  }
+  return Standing::trusted;
+}
+
+void Image::join(const std::shared_ptr<Handle>& handle) {
+  const std::lock_guard lock(mutex_);
+  users_.push_back(handle);
+  handle->count_in(cache_->counters());
+  cache_->admit(handle->identity());
+  follow_size();
+}
+
+void Image::leave(const Handle& handle) {
+  const std::lock_guard lock(mutex_);
+  std::erase_if(users_, [&](const auto& user) { return user.get() == &handle; });
+  cache_->leave(handle.identity());
+  if (users_.empty())
+    cache_->forget_all(); // a background writer may hold on to the cache a moment longer
+  else
+    follow_size();
+}
+
+std::uint64_t Image::largest_size() const {
+  std::uint64_t largest = 0;
+  for (const std::shared_ptr<Handle>& user : users_)
+    largest = std::max(largest, user->capabilities().size);
+  return largest;
+}
+
+void Image::follow_size() {
+  // Unsaved bytes belong to an export of the size that it had: only a connection that sees as much
+  // can store them.
+  const std::uint64_t size = largest_size();
+  if (size > cache_->size() || cache_->clean())
+    cache_->set_size(size);
+}
+
+std::optional<Handle::Use> Image::lend(const WriteCache::Next& next) const {
+  const std::lock_guard lock(mutex_);
+  for (const bool preferred : {true, false}) {
+    for (const std::shared_ptr<Handle>& user : users_) {
+      const Capabilities& capabilities = user->capabilities();
+      const bool wrote_last = user->is(next.writer);
+      const bool can = capabilities.can_write && capabilities.size >= next.dirty_end &&
+                       (wrote_last || !user->is_guest());
+      if (can && (wrote_last != next.was_refused) == preferred) {
+        if (std::optional<Handle::Use> use = user->use())
+          return use;
+      }
+    }
+  }
+  return std::nullopt;
+}
+
+void Image::report_lost() const {
+  const Unsaved lost = cache_->unsaved();
+  if (lost.bytes == 0)
+    return;
+  cache_->counters()->add(Count::lost_bytes, lost.bytes);
+  settings_.report_loss(name_, lost);
+}
+
+} // namespace qcowcache

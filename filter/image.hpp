@@ -1,0 +1,145 @@
+#pragma once
+
+#include "events.hpp"
+#include "handle.hpp"
+#include "memory_budget.hpp"
+#include "range_lock.hpp"
+#include "statistics.hpp"
+#include "verifier.hpp"
+#include "write_cache.hpp"
+#include "writeback.hpp"
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace qcowcache {
+
+/// One disk as its clients see it: who uses it, its cache, who checks what is written, and what the
+/// background writers have to do for it. Lives while somebody uses it, or bytes are left that
+/// storage refused.
+///
+/// A name does not tell disks apart: a file that was replaced is another one for whoever opens it
+/// afterwards. So who joins an image that others use, or have left bytes in, is compared with it
+/// first (`standing`): by what its own storage shows of what the others wrote.
+///
+/// Thread safe.
+class Image : public std::enable_shared_from_this<Image> {
+public:
+  struct Settings {
+    /// As in `WriteCache::Settings`.
+    std::optional<std::uint64_t> cluster_size;
+    std::uint64_t max_write = std::uint64_t{1024} * 1024;
+    std::optional<std::chrono::milliseconds> expire;
+    /// The background writers, which outlive the image; nullptr: requests write themselves.
+    Writeback* writeback = nullptr;
+    /// Tells the operator of bytes that were acknowledged and are lost. Must not throw.
+    std::function<void(const std::string& export_name, const Unsaved& lost)> report_loss;
+    /// Where caches count, which outlives the image; nullptr: each for itself.
+    Statistics* statistics = nullptr;
+    Events events{};
+    /// Whether compressed clusters are checked, and how long a check waits for late data.
+    bool verify = false;
+    std::chrono::milliseconds patience{0};
+    /// Tells the operator of a cluster that cannot be read. Must not throw.
+    std::function<void(const std::string& export_name, const std::string& line)> report_damage = {};
+    /// Tells the operator that a name stands for several disks. Must not throw.
+    std::function<void(const std::string& export_name, const std::string& line)> report_disk = {};
+    /// As in `WriteCache::Settings`.
+    std::chrono::milliseconds retry = WriteCache::Settings().retry;
+    /// Who decodes compressed clusters, for all images.
+    std::shared_ptr<DecompressorPool> decompressors = std::make_shared<DecompressorPool>();
+    /// Whether any thread may use any connection's storage: not where that is guarded by locks
+    /// which only the connection's own requests take.
+    bool lend = true;
+  };
+
+  /// All but the name outlive the image.
+  Image(std::string name, const Settings& settings, RangeLock& ranges, MemoryBudget& budget)
+      : name_(std::move(name)), settings_(settings), ranges_(ranges), budget_(budget) {}
+
+  /// Makes the cache, and lets the background writers know of it, which keep `owner` alive while
+  /// they use the image. To be called once, before anything else. `capabilities` are those of the
+  /// connection that it is for; `changed` is called as `WriteCache::Settings::changed_storage`;
+  /// `left` is what an earlier verifier of the name could not read.
+  void begin(const Capabilities& capabilities, std::shared_ptr<const void> owner,
+             std::function<void(const Image&, const ByteRange&)> changed, Verifier::Left left);
+  /// The background writers hear nothing of it any more.
+  void end();
+
+  [[nodiscard]] WriteCache& cache() const noexcept { return *cache_; }
+  /// nullptr: nobody checks what is written. Stays while somebody uses the image.
+  [[nodiscard]] Verifier* verifier() const noexcept { return verifier_; }
+
+  /// What a connection is to the others that use an image.
+  enum class Standing {
+    /// It sees another disk.
+    stranger,
+    /// It may see the same disk; it reads, and what it writes goes through its own storage.
+    guest,
+    /// It sees the same disk.
+    trusted,
+    /// It may see the same disk, of which everything is on storage: it is to be trusted, and the
+    /// others are guests from then on.
+    founder,
+  };
+  /// Compares. `changes`: the connection is going to change something. Calls storage, that of
+  /// others as well, which has to take a unit where there is nothing else to compare. Throws
+  /// storage's error when it cannot be read.
+  [[nodiscard]] Standing standing(Handle& newcomer, bool changes) const;
+  /// Whether a guest may go on without comparing again, the cache having been at `changes_seen`
+  /// when it last did.
+  [[nodiscard]] bool admits_guest(bool changes, std::uint64_t changes_seen) const {
+    return cache_->admits_guest(changes, changes_seen);
+  }
+
+  /// A connection uses the image from now on, as a guest until `WriteCache::trust`.
+  void join(const std::shared_ptr<Handle>& handle);
+  /// It does no more. With the last one goes what was learned.
+  void leave(const Handle& handle);
+  [[nodiscard]] bool is_used() const;
+
+  /// Whose storage is to take a unit: the connection that last wrote to it, or, when it has ended,
+  /// or storage refused the unit there, another that is trusted; nothing when there is none.
+  [[nodiscard]] std::optional<Handle::Use> lend(const WriteCache::Next& next) const;
+
+  /// Counts what is left as lost, and tells the operator.
+  void report_lost() const;
+
+  /// Gives up the verifier: what the next one of the name has to know.
+  Verifier::Left remove_verifier();
+  /// Has one again. REQUIRES: nobody uses the image.
+  void add_verifier(Verifier::Left left);
+
+private:
+  class Source;
+  class Decoding;
+
+  [[nodiscard]] bool is_used_by(const Handle& handle) const;
+  [[nodiscard]] bool is_used_by_others(const Handle& handle) const;
+  [[nodiscard]] std::uint64_t largest_size() const;
+  void follow_size();
+
+  const std::string name_;
+  const Settings& settings_;
+  RangeLock& ranges_;
+  MemoryBudget& budget_;
+  std::shared_ptr<WriteCache> cache_;
+  /// With those before it: a connection that uses another image by now may be busy with one.
+  std::vector<std::shared_ptr<Verifier>> verifiers_;
+  std::atomic<Verifier*> verifier_ = nullptr;
+  /// Owned by the background writers.
+  std::weak_ptr<Writeback::Source> source_;
+  std::weak_ptr<Writeback::Source> decoding_;
+
+  mutable std::mutex mutex_;
+  std::vector<std::shared_ptr<Handle>> users_;
+};
+
+} // namespace qcowcache
