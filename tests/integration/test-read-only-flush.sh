@@ -35,9 +35,11 @@ jq -e .can_flush "$work/with.answers" >/dev/null || fail "a file can be flushed,
 same_answers -r --filter=nozero file "$work/disk"
 same_answers -r --filter=fua file "$work/disk" fuamode=emulate
 same_answers -r memory 4M
+# shellcheck disable=SC2016  # the plugin's own shell sets these variables
+zeros='head -c "$3" /dev/zero'
 # Storage that has no flush, and storage that decides by itself that it can only be read.
-same_answers eval get_size='echo 4194304' pread='head -c $3 /dev/zero'
-same_answers eval get_size='echo 4194304' pread='head -c $3 /dev/zero' can_flush='exit 0' flush='exit 0'
+same_answers eval get_size='echo 4194304' pread="$zeros"
+same_answers eval get_size='echo 4194304' pread="$zeros" can_flush='exit 0' flush='exit 0'
 
 # The flush that retry tries: there is nothing to write, and storage takes it.
 touch "$work/refuses"
