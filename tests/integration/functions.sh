@@ -466,3 +466,14 @@ with open(sys.argv[1], "r+b") as file:
     file.write(header)
 END
 }
+
+# make_uneven_plugin: compiles uneven_plugin.c, which says what it is, to $uneven_plugin
+make_uneven_plugin ()
+{
+    local flags
+    requires_program pkg-config "${CC:-cc}"
+    read -r -a flags <<<"$(pkg-config --cflags nbdkit)"
+    uneven_plugin=$work/nbdkit-uneven-plugin.so
+    "${CC:-cc}" -shared -fPIC -O1 "${flags[@]}" -o "$uneven_plugin" \
+        "$(dirname "${BASH_SOURCE[0]}")/uneven_plugin.c"
+}
