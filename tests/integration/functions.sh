@@ -34,13 +34,8 @@ set -e -u -o pipefail
 if [ "${QCOWCACHE_TEST_RUNS:-}" != "$0" ]; then
     export QCOWCACHE_TEST_RUNS=$0
     namespace=()
-    # As root, or else as a user who passes for root there.
-    if [ -z "${own_mounts:-}" ]; then
-        :
-    elif unshare --mount true 2>/dev/null; then
+    if [ -n "${own_mounts:-}" ] && unshare --mount true 2>/dev/null; then
         namespace=(unshare --mount --)
-    elif unshare --mount --map-root-user true 2>/dev/null; then
-        namespace=(unshare --mount --map-root-user --)
     fi
     exec timeout -k 30 "${TEST_TIMEOUT:-900}" "${namespace[@]}" bash "$0" "$@"
 fi
@@ -124,8 +119,8 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/qcowcache.XXXXXX")
 cleanup_fn remove_work
 
 # small_filesystem DIRECTORY SIZE: a new, empty filesystem of that size there, in
-# memory; false, and a line that says so, where this machine lets nobody mount one
-# (a container).  Needs own_mounts.
+# memory; false, and a line that says so, where nobody may mount one: in a
+# container, or without being root.  Needs own_mounts.
 small_filesystem ()
 {
     mkdir -p "$1"
@@ -133,7 +128,13 @@ small_filesystem ()
         echo "nothing can be mounted here: no test with a full disk"
         return 1
     fi
-    cleanup_fn umount --lazy "$1"
+    cleanup_fn unmount "$1"
+}
+
+# unmount DIRECTORY: what is mounted there and below, if anything
+unmount ()
+{
+    ! mountpoint -q "$1" || umount --recursive "$1"
 }
 
 # wait_until SECONDS COMMAND...: true as soon as COMMAND is, false if it is not
