@@ -8,7 +8,7 @@ source "$(dirname "$0")/functions.sh"
 set -e
 
 cat >"$work/clients.py" <<'END'
-"""clients.py ADDRESS PID ERROR FULL MIB FLUSHES: fills so much memory, flushes, and leaves.
+"""clients.py ADDRESS PID ERROR FULL MIB FLUSHES: fills units of so much memory, flushes, and leaves.
 
 Prints what that cost: processor seconds of the first flush, of FLUSHES more, and of a client's
 leaving; and the longest that somebody waited for a read from memory during such a flush, and
@@ -36,7 +36,7 @@ def connect():
     client.connect_unix(address)
     return client
 
-units = mebibytes * 16 * 9 // 10
+units = mebibytes * 16
 while units % 7919 == 0:
     units -= 1
 
@@ -73,9 +73,9 @@ def longest_read(work):
 reader, *clients = [connect() for _ in range(3)]
 for client in clients:
     client.pwrite(b"read", 100)
-open(full, "w").close()
 for i in range(units):
     clients[i % 2].pwrite(b"piece", position(i))
+open(full, "w").close()
 first = processor(lambda: refused(clients[0]))
 again = processor(lambda: [refused(clients[0]) for _ in range(flushes)])
 read_beside_flush = longest_read(lambda: refused(clients[0]))
@@ -88,14 +88,15 @@ sys.stdout.flush()
 os._exit(0)
 END
 
-# measure ERROR MIB FLUSHES: what clients.py prints, in variables of these names
+# measure ERROR MIB FLUSHES: what clients.py prints, in variables of these names.
+# There is so much memory that no piece has to be written before storage refuses.
 measure ()
 {
     rm -f "$work/full"
     fresh_file "$work/disk" $(($2 * 2 + 2))M
     start_nbdkit server --filter="$FILTER" --filter=error file "$work/disk" \
         error-pwrite="$1" error-pwrite-rate=100% error-pwrite-file="$work/full" \
-        qcowcache-size="$2"M qcowcache-cluster-size=64K
+        qcowcache-size="$(($2 * 5 / 2))M" qcowcache-cluster-size=64K qcowcache-expire=0
     timeout 600 "$PYTHON" "$work/clients.py" "$work/server.sock" "${server_pid[server]}" \
         "$1" "$work/full" "$2" "$3" >"$work/figures" || fail "$*: see above"
     read -r first again leaving read_beside_flush read_beside_leaving <"$work/figures"
