@@ -10,6 +10,9 @@
 #   $FILTER   the filter under test, as --filter takes it (from the environment)
 #   $work     a directory of its own, gone when the test ends
 #
+# A test that mounts something (see small_filesystem) sets own_mounts=1 before it
+# sources this: what it mounts nobody else sees, and it is gone with the test.
+#
 # and everything that it starts with start_nbdkit is stopped when it ends,
 # however it ends.  Two tests can run at the same time.
 #
@@ -30,7 +33,11 @@ set -e -u -o pipefail
 # while it waits for a client; so the whole process group is ended from outside.
 if [ "${QCOWCACHE_TEST_RUNS:-}" != "$0" ]; then
     export QCOWCACHE_TEST_RUNS=$0
-    exec timeout -k 30 "${TEST_TIMEOUT:-900}" bash "$0" "$@"
+    namespace=()
+    if [ -n "${own_mounts:-}" ] && unshare --mount true 2>/dev/null; then
+        namespace=(unshare --mount --)
+    fi
+    exec timeout -k 30 "${TEST_TIMEOUT:-900}" "${namespace[@]}" bash "$0" "$@"
 fi
 
 # The libraries' own locale would translate messages that tests look for.
@@ -110,6 +117,25 @@ requires_program awk cmp jq nbdcopy nbdinfo nbdkit nbdsh qemu-img qemu-io qemu-n
 # build directory.
 work=$(mktemp -d "${TMPDIR:-/tmp}/qcowcache.XXXXXX")
 cleanup_fn remove_work
+
+# small_filesystem DIRECTORY SIZE: a new, empty filesystem of that size there, in
+# memory; false, and a line that says so, where nobody may mount one: in a
+# container, or without being root.  Needs own_mounts.
+small_filesystem ()
+{
+    mkdir -p "$1"
+    if ! mount -t tmpfs -o "size=$2" tmpfs "$1" 2>/dev/null; then
+        echo "nothing can be mounted here: no test with a full disk"
+        return 1
+    fi
+    cleanup_fn unmount "$1"
+}
+
+# unmount DIRECTORY: what is mounted there and below, if anything
+unmount ()
+{
+    ! mountpoint -q "$1" || umount --recursive "$1"
+}
 
 # wait_until SECONDS COMMAND...: true as soon as COMMAND is, false if it is not
 # within that time.
@@ -440,4 +466,15 @@ header[96:104] = struct.pack(">II", 4, 112)
 with open(sys.argv[1], "r+b") as file:
     file.write(header)
 END
+}
+
+# make_uneven_plugin: compiles uneven_plugin.c, which says what it is, to $uneven_plugin
+make_uneven_plugin ()
+{
+    local flags
+    requires_program pkg-config "${CC:-cc}"
+    read -r -a flags <<<"$(pkg-config --cflags nbdkit)"
+    uneven_plugin=$work/nbdkit-uneven-plugin.so
+    "${CC:-cc}" -shared -fPIC -O1 "${flags[@]}" -o "$uneven_plugin" \
+        "$(dirname "${BASH_SOURCE[0]}")/uneven_plugin.c"
 }

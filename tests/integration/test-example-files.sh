@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # The man page's examples with storage on this machine, run as they stand there:
 # files, a block device, memory, O_DIRECT, several exports, memory that changes.
-# Each leaves an image that is sound and holds the disk, read without the filter.
+# Each leaves an image that is sound and holds the disk, read without the filter;
+# and ends with a failure where there is no room for one.
 
+# shellcheck disable=SC2034  # for functions.sh
+own_mounts=1
 # shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
 # shellcheck source-path=SCRIPTDIR source=examples.sh
@@ -13,10 +16,19 @@ at_example
 run_example "A local file, in one command"
 holds disk.qcow2
 [ "$(stat -c %s "$here/disk.qcow2")" -lt 268435456 ] || fail "the file was not cut"
+fails "A local file, in one command"
 
 at_example
 run_example "A local file, through a server"
 holds disk.qcow2
+fails "A local file, through a server"
+
+# Another device for what fails, which is too small.
+truncate -s 4M "$work/small-device"
+changes=(-e "s|/dev/backup/disk|$work/small-device|g")
+at_example
+in_vain "A block device"
+changes=()
 
 # A loop device, or a file where the machine has none to give: a container's.
 at_example
@@ -31,6 +43,11 @@ fi
 places+=(-e "s|/dev/backup/disk|$device|g")
 run_example "A block device"
 image_holds "$device" "$work/source"
+
+keep=("${places[@]}")
+places+=(-e "s|/dev/shm/|$here/|g")
+fails "A file in memory (tmpfs)"
+places=("${keep[@]}")
 
 # As above: a root of its own may have no /dev/shm.
 at_example
@@ -48,22 +65,27 @@ image_holds "$shm/disk.qcow2" "$work/source"
 at_example
 run_example "O_DIRECT, through qemu-nbd"
 holds disk.qcow2
+fails "O_DIRECT, through qemu-nbd"
 
 at_example
 run_example "Several images at once"
 holds exports/first.qcow2 exports/second.qcow2
+fails "Several images at once"
 
 at_example
 run_example "More memory while nbdkit runs"
 holds disk.qcow2
+fails "More memory while nbdkit runs"
 
 at_example
 run_example "nbdcopy"
 holds disk.qcow2
+fails "nbdcopy" zstd
 
 at_example
 run_example "A pipeline in the manner of virt-v2v"
 holds disk.qcow2
+fails "A pipeline in the manner of virt-v2v"
 
 # What is further down on the page starts a server and no more.
 backup () { echo "nbd+unix:///$1?socket=$here/backup.sock"; }

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # The man page's backup jobs: its commands as they stand there, and its lines of
 # QMP typed into QEMU's storage daemon one after the other, each when the one
-# before has been answered.
+# before has been answered.  Where there is no room, one of them fails.
 
+# shellcheck disable=SC2034  # for functions.sh
+own_mounts=1
 # shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
 # shellcheck source-path=SCRIPTDIR source=examples.sh
@@ -59,7 +61,24 @@ assert daemon.wait() == 0
 END
 }
 
+# job_fails TITLE: for fails. A job that says that it has failed is a failure that is seen.
+job_fails ()
+{
+    if [ "$situation" = 'no server' ]; then
+        example "$before" | paragraph 1 | fails_here
+        return
+    fi
+    example "$before" | paragraph 1 | run_here >"$work/said" 2>&1 || fail "no server: $(cat "$work/said")"
+    if (type_into "$work/daemon" "$work/begin.qmp" "$work/end.qmp") >"$work/said" 2>&1; then
+        example "$before" | paragraph 5 | fails_here
+    else
+        grep -q "'error': '.*\(No space left on device\|Input/output error\)" "$work/said" ||
+            fail "failed otherwise: $(cat "$work/said")"
+    fi
+}
+
 title="A backup job of QEMU"
+before=$title
 at_example
 example "$title" | paragraph 1 | run_here
 example "$title" | paragraph 2 >"$work/daemon"
@@ -68,6 +87,7 @@ example "$title" | paragraph 4 >"$work/end.qmp"
 type_into "$work/daemon" "$work/begin.qmp" "$work/end.qmp"
 example "$title" | paragraph 5 | run_here
 holds disk.qcow2
+fails "$title" zlib job_fails
 
 at_example
 example "$title" | paragraph 1 | run_here
@@ -78,3 +98,4 @@ type_into "$work/daemon" "$work/begin.qmp" "$work/end.qmp"
 title="A backup job of QEMU"
 example "$title" | paragraph 5 | run_here
 holds disk.qcow2
+fails "An old-style backup job of QEMU" zlib job_fails

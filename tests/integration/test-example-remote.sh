@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # The man page's examples with storage on another machine, run as they stand
 # there, except that the other machine is this one: an SSH server and an NBD
-# server with TLS of the test's own.
+# server with TLS of the test's own.  Where that has no room, they fail.
 
+# Nobody but root can be the user that sshd lets in.
+# shellcheck disable=SC2034  # for functions.sh
+[ "$(id -u)" -ne 0 ] || own_mounts=1
 # shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
 # shellcheck source-path=SCRIPTDIR source=examples.sh
@@ -59,6 +62,7 @@ places+=(-e "s|ssh host=|ssh config=$work/ssh/config host=|" -e "s|/srv/backup|$
 at_example
 run_example "A file on an SSH server" || { tail -n 30 "$work/ssh/log" >&2; exit 1; }
 holds disk.qcow2
+fails "A file on an SSH server"
 
 # The same once more, at another name of this machine.
 places+=(-e "s|storage\.example\.com|localhost|" -e "s|10809|$(free_port)|")
@@ -68,7 +72,18 @@ paragraph 1 <"$work/example.tls" | run_here
 paragraph 2 <"$work/example.tls" | run_here
 holds disk.qcow2
 
+# The two machines' commands are typed in two shells.
+tls_fails ()
+{
+    example "$1" >"$work/example.in-vain"
+    paragraph 1 <"$work/example.in-vain" | run_here >/dev/null
+    paragraph 2 <"$work/example.in-vain" | fails_here
+}
+fails "A remote NBD server, with TLS" zlib tls_fails
+
 # Without the key nobody is served.
+at_example
+paragraph 1 <"$work/example.tls" | run_here
 sed 's|tls-psk=keys/keys.psk|tls-psk=keys/other.psk|' <"$work/example.tls" | paragraph 2 >"$work/other"
 (cd "$here" && psktool -u backup -p keys/other.psk >/dev/null 2>&1 &&
     ! bash -eu "$work/other" >"$work/other.out" 2>&1) || fail "another key opens the server"

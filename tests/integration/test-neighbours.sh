@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Exports whose storage hangs, is slow, or refuses, beside a healthy one: however
+# many there are, the healthy one keeps at least half of the rate that it has
+# alone, and none of its requests waits for the others' storage.
+
+# shellcheck source-path=SCRIPTDIR source=functions.sh
+source "$(dirname "$0")/functions.sh"
+set -e
+
+make_uneven_plugin
+
+cat >"$work/clients.py" <<'END'
+"""clients.py ADDRESS ENTERED KIND COUNT: the healthy export's client, beside COUNT of KIND."""
+import multiprocessing, os, signal, struct, sys, time
+import nbd
+
+address, entered, kind, count = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+SIZE = 65536
+WRITES = 2000
+ROUNDS = 5
+# Beyond this a round has failed, and goes on no longer. Alone it takes half a second.
+LIMIT = 20
+
+header = bytearray(112)
+header[0:8] = b"QFI\xfb" + struct.pack(">I", 3)
+header[20:32] = struct.pack(">IQ", 16, 1 << 20)
+header[96:104] = struct.pack(">II", 4, 112)
+
+def connect(name):
+    client = nbd.NBD()
+    client.set_export_name(name)
+    client.connect_unix(address)
+    client.pwrite(header, 0)
+    return client
+
+def bad(name):
+    """Writes, whole clusters and parts of others, until storage answers with an error."""
+    try:
+        client = connect(name)
+        while True:
+            for i in range(32, 2000):
+                client.pwrite(os.urandom(256) * 256, i * SIZE)
+                client.pwrite(b"part" * 1000, ((2000 + i) * SIZE + 11))
+    except nbd.Error:
+        # Stays connected, with what storage has refused.
+        time.sleep(3600)
+
+def round_of_writes(client):
+    """(bytes a second, the longest request in seconds), of as many as the limit allows."""
+    data = os.urandom(SIZE)
+    worst = 0
+    begin = last = time.monotonic()
+    for done in range(1, WRITES + 1):
+        client.pwrite(data, (15 + done) * SIZE)
+        now = time.monotonic()
+        worst = max(worst, now - last)
+        last = now
+        if now - begin > LIMIT:
+            break
+    return done * SIZE / (last - begin), worst, done
+
+def best():
+    rounds = [round_of_writes(healthy)]
+    while len(rounds) < ROUNDS and rounds[-1][2] == WRITES:
+        rounds.append(round_of_writes(healthy))
+    return max(each[0] for each in rounds), min(each[1] for each in rounds), min(each[2] for each in rounds)
+
+healthy = connect("healthy")
+alone, worst_alone, _ = best()
+
+neighbours = [multiprocessing.Process(target=bad, args=(f"{kind}{i}",), daemon=True) for i in range(count)]
+for neighbour in neighbours:
+    neighbour.start()
+# Each of them is known to storage.
+deadline = time.monotonic() + 30
+while not os.path.exists(entered):
+    assert time.monotonic() < deadline, f"no write is {kind}"
+    time.sleep(0.01)
+
+beside, worst, done = best()
+for neighbour in neighbours:
+    neighbour.kill()
+print(f"beside {count} {kind}: {beside / alone:.2f} of the rate alone ({alone / 1e6:.0f} MB/s), "
+      f"longest request {worst:.3f} s ({worst_alone:.3f} s), {done} of {WRITES} writes")
+sys.stdout.flush()
+failed = beside < alone / 2 or worst > 0.5
+if not failed:
+    signal.alarm(60) # a flush that waits for others has failed, too
+    healthy.flush()
+    assert healthy.pread(112, 0) == header
+os._exit(1 if failed else 0)
+END
+
+# The default settings; and none of the writers that they bring.
+for parameters in '' qcowcache-writers=0; do
+    for neighbours in 'hung 1' 'hung 4' 'hung 8' 'slow 2' 'refusing 2'; do
+        read -r kind count <<<"$neighbours"
+        rm -f "$work/entered"
+        # shellcheck disable=SC2086  # none or one
+        start_nbdkit server --filter="$FILTER" "$uneven_plugin" "$work/entered" $parameters
+        status=0
+        "$PYTHON" "$work/clients.py" "$work/server.sock" "$work/entered" "$kind" "$count" || status=$?
+        # Where storage hangs nothing can end well.
+        kill_server server 2>/dev/null || :
+        [ "$status" -eq 0 ] || fail "the healthy export pays for its neighbours${parameters:+ ($parameters)}"
+    done
+done

@@ -1,0 +1,144 @@
+/* The storage of tests, which compile it with make_uneven_plugin: an nbdkit plugin whose exports
+ * are disks in memory. How a disk takes writes is the first word of its name, up to a digit:
+ *
+ *   hung      never, from the second mebibyte on
+ *   slow      2 MB in a second, one write after the other
+ *   refusing  not, from the second mebibyte on: ENOSPC
+ *   healthy   at once
+ *
+ * With entered=FILE a byte is added to that file, which may be a pipe, when a write begins that
+ * will not end at once.
+ */
+#define NBDKIT_API_VERSION 2
+#include <nbdkit-plugin.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#define THREAD_MODEL NBDKIT_THREAD_MODEL_PARALLEL
+#define DISK_SIZE (256 << 20)
+#define MOST_DISKS 64
+#define GOOD_BYTES (1 << 20)
+#define SLOW_BYTES_PER_SECOND 2000000
+
+struct disk {
+  char* name;
+  char* bytes;
+  pthread_mutex_t one_at_a_time;
+};
+
+static struct disk disks[MOST_DISKS];
+static pthread_mutex_t disks_lock = PTHREAD_MUTEX_INITIALIZER;
+static const char* entered;
+
+static int uneven_config(const char* key, const char* value) {
+  if (strcmp(key, "entered") != 0) {
+    nbdkit_error("unknown parameter '%s'", key);
+    return -1;
+  }
+  entered = value;
+  return 0;
+}
+
+static void* uneven_open(int readonly) {
+  const char* name = nbdkit_export_name();
+  struct disk* found = NULL;
+  (void)readonly;
+  pthread_mutex_lock(&disks_lock);
+  for (int i = 0; i < MOST_DISKS && found == NULL; ++i) {
+    if (disks[i].name == NULL) {
+      disks[i].name = strdup(name);
+      disks[i].bytes = calloc(1, DISK_SIZE);
+      pthread_mutex_init(&disks[i].one_at_a_time, NULL);
+    }
+    if (strcmp(disks[i].name, name) == 0)
+      found = &disks[i];
+  }
+  pthread_mutex_unlock(&disks_lock);
+  if (found == NULL || found->bytes == NULL) {
+    nbdkit_error("no disk");
+    return NULL;
+  }
+  return found;
+}
+
+static int64_t uneven_get_size(void* handle) {
+  (void)handle;
+  return DISK_SIZE;
+}
+
+static int uneven_can_multi_conn(void* handle) {
+  (void)handle;
+  return 1;
+}
+
+static int uneven_pread(void* handle, void* buffer, uint32_t count, uint64_t offset,
+                        uint32_t flags) {
+  const struct disk* disk = handle;
+  (void)flags;
+  memcpy(buffer, disk->bytes + offset, count);
+  return 0;
+}
+
+static void note_entered(void) {
+  if (entered == NULL)
+    return;
+  const int fd = open(entered, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666);
+  if (fd >= 0) {
+    (void)!write(fd, "x", 1);
+    close(fd);
+  }
+}
+
+static int uneven_pwrite(void* handle, const void* buffer, uint32_t count, uint64_t offset,
+                         uint32_t flags) {
+  struct disk* disk = handle;
+  const int good = offset + count <= GOOD_BYTES;
+  (void)flags;
+  if (!good && strncmp(disk->name, "hung", 4) == 0) {
+    note_entered();
+    for (;;)
+      pause();
+  }
+  if (!good && strncmp(disk->name, "refusing", 8) == 0) {
+    note_entered();
+    nbdkit_set_error(ENOSPC);
+    return -1;
+  }
+  if (!good && strncmp(disk->name, "slow", 4) == 0) {
+    const double seconds = (double)count / SLOW_BYTES_PER_SECOND;
+    struct timespec time = {.tv_sec = (time_t)seconds,
+                            .tv_nsec = (long)((seconds - (double)(time_t)seconds) * 1e9)};
+    note_entered();
+    pthread_mutex_lock(&disk->one_at_a_time);
+    nanosleep(&time, NULL);
+    pthread_mutex_unlock(&disk->one_at_a_time);
+  }
+  memcpy(disk->bytes + offset, buffer, count);
+  return 0;
+}
+
+static int uneven_flush(void* handle, uint32_t flags) {
+  (void)handle;
+  (void)flags;
+  return 0;
+}
+
+static struct nbdkit_plugin plugin = {
+    .name = "uneven",
+    .config = uneven_config,
+    .magic_config_key = "entered",
+    .open = uneven_open,
+    .get_size = uneven_get_size,
+    .can_multi_conn = uneven_can_multi_conn,
+    .pread = uneven_pread,
+    .pwrite = uneven_pwrite,
+    .flush = uneven_flush,
+};
+
+NBDKIT_REGISTER_PLUGIN(plugin)
