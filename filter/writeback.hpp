@@ -5,8 +5,10 @@
 #include <cstddef>
 #include <deque>
 #include <functional>
+#include <list>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -14,6 +16,10 @@ namespace qcowcache {
 
 /// The background writers: threads that write units of all caches, in turn, so that clients need
 /// not wait for storage.
+///
+/// Storage may hang. A writer that has been caught in one call for `slow` counts no more, and
+/// another takes its place, so that as many as were asked for go on with the other sources; but no
+/// source ever has more of them than that.
 ///
 /// Thread safe. Calls sources with no mutex held; `wake` may be called under a cache's mutex.
 class Writeback {
@@ -38,10 +44,13 @@ public:
 
   private:
     friend class Writeback;
-    bool ready_ = false; // in `ready_` of the Writeback, whose mutex guards this
+    // Both are guarded by the mutex of the Writeback.
+    bool ready_ = false; // in its `ready_`
+    unsigned writers_ = 0;
   };
 
   static constexpr std::chrono::milliseconds tick_interval{250};
+  static constexpr std::chrono::milliseconds slow{100};
 
   /// `on_tick`, if any, is called before the sources' ticks.
   explicit Writeback(std::function<void()> on_tick = {}) : on_tick_(std::move(on_tick)) {}
@@ -61,13 +70,29 @@ public:
   /// Without memory to note it the next tick finds it.
   ///
   /// A sleeping writer is only called when more waits than writers are awake, for those look for
-  /// more before they sleep: being called costs more processor time than a quick write. Should one
-  /// of them be caught in storage that hangs, the next tick calls another.
+  /// more before they sleep: being called costs more processor time than a quick write.
   void wake(const std::shared_ptr<Source>& source, std::size_t waiting) noexcept;
 
 private:
-  void work();
+  using Clock = std::chrono::steady_clock;
+  using Lock = std::unique_lock<std::mutex>;
+  struct Writer {
+    std::thread thread;
+    /// Since when it has been with a source; nothing: it is not.
+    std::optional<Clock::time_point> busy_since;
+    /// For longer than `slow`.
+    bool caught = false;
+    bool ended = false;
+  };
+
+  // Functions that take a Lock need it held.
+  void hire(const Lock&);
+  [[nodiscard]] std::size_t at_work(const Lock&) const;
+  [[nodiscard]] std::shared_ptr<Source> take_ready(const Lock&);
+  void work(Writer& self);
+  void serve(const std::shared_ptr<Source>& source);
   void tick_until_stopped();
+  void replace_caught();
   void tick_all();
 
   const std::function<void()> on_tick_;
@@ -75,11 +100,13 @@ private:
   std::condition_variable work_;
   std::condition_variable stop_;
   bool stopping_ = false;
+  unsigned wanted_ = 0;
+  /// Of those who are not caught.
   std::size_t awake_ = 0;
   std::vector<std::shared_ptr<Source>> sources_;
   /// Sources with something to do, each once, so that all get their turn.
   std::deque<std::shared_ptr<Source>> ready_;
-  std::vector<std::thread> writers_;
+  std::list<Writer> writers_;
   /// Writes nothing itself, so that no storage can stop the clock.
   std::thread ticker_;
 };

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <latch>
 #include <semaphore>
+#include <vector>
 
 using namespace qcowcache;
 
@@ -140,4 +141,34 @@ TEST_CASE("sources hear the clock tick", "[writeback]") {
   ticked.acquire();
   writeback.stop();
   CHECK(source->ticks >= 1);
+}
+
+TEST_CASE("sources that hang keep no others from being written", "[writeback]") {
+  constexpr unsigned writers = 2;
+  Writeback writeback;
+  std::latch open(1);
+  std::vector<std::shared_ptr<Counted>> hanging;
+  std::atomic<int> caught = 0;
+  for (int i = 0; i < 3; ++i) {
+    hanging.push_back(std::make_shared<Counted>(10));
+    hanging.back()->during = [&] {
+      ++caught;
+      open.wait();
+    };
+    writeback.add(hanging.back());
+  }
+  const auto works = std::make_shared<Counted>(1000);
+  writeback.add(works);
+  writeback.start(writers);
+  for (const auto& source : hanging)
+    writeback.wake(source, source->waiting());
+  while (caught < 6) // each has caught as many as it may have
+    std::this_thread::yield();
+  writeback.wake(works, works->waiting());
+  works->wait_until_done();
+  CHECK(caught == 6);
+  open.count_down();
+  for (const auto& source : hanging)
+    source->wait_until_done();
+  writeback.stop();
 }
