@@ -10,7 +10,7 @@
 
 namespace qcowcache {
 
-Image& Connection::enter(Access access) {
+Image& Connection::enter(const Image::Request& request) {
   const std::lock_guard lock(entering_);
   const std::shared_ptr<Image> present = images_.empty() ? nullptr : images_.back();
   if (ended_)
@@ -21,26 +21,22 @@ Image& Connection::enter(Access access) {
   if (!export_)
     export_ = exports_.visit(export_name_);
   images_.reserve(images_.size() + 1);
-  Export::Entered entered = export_->enter(handle_, present, access == Access::changes);
-  changes_seen_ = entered.changes_seen;
-  if (entered.image != present) {
-    images_.push_back(std::move(entered.image));
+  std::shared_ptr<Image> image = export_->enter(handle_, present, request);
+  if (image != present) {
+    images_.push_back(std::move(image));
     image_.store(images_.back().get(), std::memory_order_release);
   }
   return *images_.back();
 }
 
-Connection::InUse Connection::in_use(Access access) {
+Connection::InUse Connection::in_use(const Image::Request& request) {
   std::optional<Handle::Use> use = storage_if_any();
   if (!use)
     throw std::system_error(ESHUTDOWN, std::generic_category(), "the connection has ended");
   Image* image = this->image();
-  const bool changes = access == Access::changes;
-  const bool known =
-      image != nullptr && (!handle_->is_guest() || image->admits_guest(changes, changes_seen_));
-  if (!known)
-    image = &enter(access);
-  if (changes && !has_changed_.load(std::memory_order_relaxed))
+  if (image == nullptr || (handle_->is_guest() && !image->admits_guest(request)))
+    image = &enter(request);
+  if (request.changes && !has_changed_.load(std::memory_order_relaxed))
     has_changed_ = true;
   return InUse{image->cache(), std::move(*use), image->verifier()};
 }

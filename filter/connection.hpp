@@ -39,8 +39,6 @@ public:
   /// again.
   void end() noexcept;
 
-  /// What a request does.
-  enum class Access { reads, changes };
   /// The image and a storage to use with it.
   struct InUse {
     WriteCache& cache;
@@ -54,7 +52,7 @@ public:
   };
   /// Joins the image that the request is for. Throws ESHUTDOWN before `begin` and after `end`, and
   /// storage's error when it has to be compared and cannot be read.
-  [[nodiscard]] InUse in_use(Access access);
+  [[nodiscard]] InUse in_use(const Image::Request& request);
   /// Storage alone, for a hint; nothing before `begin` and after `end`.
   [[nodiscard]] std::optional<Handle::Use> storage_if_any() {
     return handle_ ? handle_->use() : std::nullopt;
@@ -70,7 +68,7 @@ public:
   [[nodiscard]] Image* image() const noexcept { return image_.load(std::memory_order_acquire); }
 
 private:
-  Image& enter(Access access);
+  Image& enter(const Image::Request& request);
   static void check_at_end(const InUse& storage);
 
   Exports& exports_;
@@ -83,8 +81,6 @@ private:
   /// All that it has ever used, the last one now: a request may still be busy with an earlier one.
   std::vector<std::shared_ptr<Image>> images_;
   std::atomic<Image*> image_ = nullptr;
-  /// How far the cache's changes were seen when the image was last compared.
-  std::atomic<std::uint64_t> changes_seen_ = 0;
   std::atomic<bool> has_changed_ = false;
   std::atomic<bool> ended_ = false;
 };

@@ -39,14 +39,14 @@ void Export::remove(const std::shared_ptr<Image>& image) {
 }
 
 Export::Comparison Export::compare(Images candidates, Handle& handle,
-                                   const std::shared_ptr<Image>& present, bool changes) {
+                                   const std::shared_ptr<Image>& present,
+                                   const Image::Request& request) {
   Comparison found;
   // The one that it uses already comes first.
   std::ranges::stable_partition(candidates, [&](const auto& each) { return each == present; });
   for (const std::shared_ptr<Image>& candidate : candidates) {
     handle.count_in(candidate->cache().counters());
-    found.changes_seen = candidate->cache().changes();
-    found.standing = candidate->standing(handle, changes);
+    found.standing = candidate->standing(handle, request);
     if (found.standing != Image::Standing::stranger) {
       found.image = candidate;
       return found;
@@ -56,8 +56,9 @@ Export::Comparison Export::compare(Images candidates, Handle& handle,
   return found;
 }
 
-Export::Entered Export::enter(const std::shared_ptr<Handle>& handle,
-                              const std::shared_ptr<Image>& present, bool changes) {
+std::shared_ptr<Image> Export::enter(const std::shared_ptr<Handle>& handle,
+                                     const std::shared_ptr<Image>& present,
+                                     const Image::Request& request) {
   const Capabilities& capabilities = handle->capabilities();
   for (;;) {
     Images candidates;
@@ -67,9 +68,9 @@ Export::Entered Export::enter(const std::shared_ptr<Handle>& handle,
       candidates = shared_;
       version = version_;
     } else if (present) {
-      return {present, 0};
+      return present;
     }
-    Comparison found = compare(std::move(candidates), *handle, present, changes);
+    Comparison found = compare(std::move(candidates), *handle, present, request);
 
     const std::lock_guard lock(mutex_);
     const bool outdated = capabilities.can_multi_conn && version_ != version;
@@ -100,7 +101,7 @@ Export::Entered Export::enter(const std::shared_ptr<Handle>& handle,
       }
       if (found.standing != Image::Standing::guest)
         found.image->cache().trust(handle->identity());
-      return {found.image, found.changes_seen};
+      return found.image;
     }
   }
 }

@@ -36,18 +36,14 @@ public:
   Export& operator=(const Export&) = delete;
   ~Export();
 
-  struct Entered {
-    std::shared_ptr<Image> image;
-    /// `WriteCache::changes` of its cache, when it had not been compared yet.
-    std::uint64_t changes_seen = 0;
-  };
-  /// The image for a connection's data request, which `changes` something or only reads; `present`
-  /// is the one that it uses already, if any. The connection uses it from now on.
+  /// The image for a connection's data request; `present` is the one that it uses already, if any.
+  /// The connection uses it from now on.
   ///
   /// Calls storage, where there is something to compare: throws its error when it cannot be read.
   /// REQUIRES: one call at a time for each handle; no mutex is held.
-  Entered enter(const std::shared_ptr<Handle>& handle, const std::shared_ptr<Image>& present,
-                bool changes);
+  std::shared_ptr<Image> enter(const std::shared_ptr<Handle>& handle,
+                               const std::shared_ptr<Image>& present,
+                               const Image::Request& request);
   /// It ends. With the last connection of an image goes what was learned; bytes that storage
   /// refused stay for the next connection to the same disk where connections share it, and are
   /// reported lost where they do not. REQUIRES: the handle is retired.
@@ -72,13 +68,13 @@ private:
   struct Comparison {
     std::shared_ptr<Image> image;
     Image::Standing standing = Image::Standing::stranger;
-    std::uint64_t changes_seen = 0;
     /// Those in which the connection is a stranger.
     Images others;
   };
 
   [[nodiscard]] static Comparison compare(Images candidates, Handle& handle,
-                                          const std::shared_ptr<Image>& present, bool changes);
+                                          const std::shared_ptr<Image>& present,
+                                          const Image::Request& request);
   [[nodiscard]] std::shared_ptr<Image> make_image(const Capabilities& capabilities);
   void remove(const std::shared_ptr<Image>& image);
   void leave_image(const Handle& handle, const std::shared_ptr<Image>& image);

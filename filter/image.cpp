@@ -125,7 +125,7 @@ bool Image::is_used_by_others(const Handle& handle) const {
   return std::ranges::any_of(users_, [&](const auto& user) { return user.get() != &handle; });
 }
 
-Image::Standing Image::standing(Handle& newcomer, bool changes) const {
+Image::Standing Image::standing(Handle& newcomer, const Request& request) const {
   const std::optional<Handle::Use> use = newcomer.use();
   if (!use)
     return Standing::guest; // it has ended, and uses nothing any more
@@ -146,8 +146,10 @@ Image::Standing Image::standing(Handle& newcomer, bool changes) const {
     case WriteCache::Likeness::alike:
       break;
     }
+    if (cache_->admits_guest(request.changes, request.range) && others)
+      return Standing::guest;
     if (cache_->clean())
-      return changes && !cache_->passes_through() ? Standing::founder : Standing::guest;
+      return Standing::founder;
     if (!others || !cache_->store_some())
       return Standing::trusted; // more than this nobody can know of bytes that nobody can write
   }

@@ -89,14 +89,18 @@ public:
     /// others are guests from then on.
     founder,
   };
-  /// Compares. `changes`: the connection is going to change something. Calls storage, that of
-  /// others as well, which has to take a unit where there is nothing else to compare. Throws
-  /// storage's error when it cannot be read.
-  [[nodiscard]] Standing standing(Handle& newcomer, bool changes) const;
-  /// Whether a guest may go on without comparing again, the cache having been at `changes_seen`
-  /// when it last did.
-  [[nodiscard]] bool admits_guest(bool changes, std::uint64_t changes_seen) const {
-    return cache_->admits_guest(changes, changes_seen);
+  /// What a request is going to do.
+  struct Request {
+    bool changes = false;
+    /// Where, in bytes; a flush concerns everything.
+    ByteRange range{0, UINT64_MAX};
+  };
+  /// Compares. Calls storage, that of others as well, which has to take a unit where there is
+  /// nothing else to compare. Throws storage's error when it cannot be read.
+  [[nodiscard]] Standing standing(Handle& newcomer, const Request& request) const;
+  /// Whether a guest needs no comparison for it.
+  [[nodiscard]] bool admits_guest(const Request& request) const {
+    return cache_->admits_guest(request.changes, request.range);
   }
 
   /// A connection uses the image from now on, as a guest until `WriteCache::trust`.

@@ -38,7 +38,6 @@ NBDKIT_DLL_PUBLIC int qcowcache_debug_trace = 0;
 namespace {
 
 using namespace qcowcache;
-using Access = Connection::Access;
 
 void complain(const std::string& line) {
   nbdkit_error("%s", line.c_str());
@@ -343,7 +342,8 @@ int filter_can_zero(nbdkit_next* /*next*/, void* handle) {
 int filter_pread(nbdkit_next* /*next*/, void* handle, void* buffer, std::uint32_t count,
                  std::uint64_t offset, std::uint32_t /*flags*/, int* err) {
   return serve("read", err, [&] {
-    const Connection::InUse in_use = connection_of(handle).in_use(Access::reads);
+    const Connection::InUse in_use =
+        connection_of(handle).in_use({false, {offset, offset + count}});
     const std::span data{static_cast<std::byte*>(buffer), count};
     in_use.cache.read(in_use.use.storage(), offset, data);
     if (in_use.verifier != nullptr)
@@ -355,7 +355,7 @@ int filter_pwrite(nbdkit_next* /*next*/, void* handle, const void* buffer, std::
                   std::uint64_t offset, std::uint32_t flags, int* err) {
   return serve("write", err, [&] {
     server->follow_size();
-    const Connection::InUse in_use = connection_of(handle).in_use(Access::changes);
+    const Connection::InUse in_use = connection_of(handle).in_use({true, {offset, offset + count}});
     const std::span data{static_cast<const std::byte*>(buffer), count};
     CachedImage image(in_use.cache, in_use.use.storage());
     Verifier::Change change(in_use.verifier, image, {offset, offset + count});
@@ -382,7 +382,7 @@ int filter_flush(nbdkit_next* /*next*/, void* handle, std::uint32_t /*flags*/, i
   return serve("flush", err, [&] {
     server->follow_size();
     Connection& connection = connection_of(handle);
-    const Connection::InUse in_use = connection.in_use(Access::reads);
+    const Connection::InUse in_use = connection.in_use({});
     in_use.cache.flush(in_use.use.storage());
     if (check(in_use, connection.export_name()) == Verifier::Outcome::damaged &&
         parameters.verify() == Verify::error)
@@ -396,7 +396,7 @@ int filter_flush(nbdkit_next* /*next*/, void* handle, std::uint32_t /*flags*/, i
 int filter_trim(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::uint64_t offset,
                 std::uint32_t flags, int* err) {
   return serve("trim", err, [&] {
-    const Connection::InUse in_use = connection_of(handle).in_use(Access::changes);
+    const Connection::InUse in_use = connection_of(handle).in_use({true, {offset, offset + count}});
     CachedImage image(in_use.cache, in_use.use.storage());
     const Verifier::Change change(in_use.verifier, image, {offset, offset + count});
     in_use.cache.trim(in_use.use.storage(), {offset, offset + count},
@@ -412,7 +412,7 @@ int filter_zero(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::u
   options.fast = (flags & NBDKIT_FLAG_FAST_ZERO) != 0;
   bool not_fast = false;
   const int result = serve("zero", err, [&] {
-    const Connection::InUse in_use = connection_of(handle).in_use(Access::changes);
+    const Connection::InUse in_use = connection_of(handle).in_use({true, {offset, offset + count}});
     CachedImage image(in_use.cache, in_use.use.storage());
     Verifier::Change change(in_use.verifier, image, {offset, offset + count});
     try {
@@ -434,7 +434,8 @@ int filter_zero(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::u
 int filter_extents(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::uint64_t offset,
                    std::uint32_t flags, nbdkit_extents* extents, int* err) {
   return serve("extents", err, [&] {
-    const Connection::InUse in_use = connection_of(handle).in_use(Access::reads);
+    const Connection::InUse in_use =
+        connection_of(handle).in_use({false, {offset, offset + count}});
     for (const Storage::Extent& extent : in_use.cache.extents(
              in_use.use.storage(), {offset, offset + count}, (flags & NBDKIT_FLAG_REQ_ONE) != 0)) {
       const bool hole = extent.type == Storage::ExtentType::hole ||

@@ -504,14 +504,25 @@ bool WriteCache::passes_through() const {
   return passes_through(Lock(mutex_));
 }
 
-bool WriteCache::admits_guest(bool changes, std::uint64_t changes_seen) const {
-  const Lock lock(mutex_);
-  return passes_through(lock) || (!changes && moment_ == changes_seen);
+bool WriteCache::clean(const Lock& lock, const ByteRange& range) const {
+  if (all_stored(lock))
+    return true;
+  for (auto it = units_.lower_bound(align_down(range.begin, unit_size_));
+       it != units_.end() && it->first < range.end; ++it) {
+    const Unit& unit = it->second;
+    if (unit.dirty().overlaps(range) || unit.in_flight().overlaps(range))
+      return false;
+  }
+  return true;
 }
 
-std::uint64_t WriteCache::changes() const {
+bool WriteCache::clean(const ByteRange& range) const {
+  return clean(Lock(mutex_), range);
+}
+
+bool WriteCache::admits_guest(bool changes, const ByteRange& range) const {
   const Lock lock(mutex_);
-  return moment_;
+  return passes_through(lock) || (!changes && clean(lock, range));
 }
 
 WriteCache::Likeness WriteCache::compare(Storage& storage, Unit::Clock::time_point opened) {
@@ -906,7 +917,11 @@ void WriteCache::read(Storage& storage, std::uint64_t offset, std::span<std::byt
   ByteRanges gaps;
   {
     const Lock lock(mutex_);
-    copy_cached(lock, offset, data, gaps);
+    // A guest is asked to compare before it reads what is not on storage; what is it has itself.
+    if (storage.is_guest())
+      gaps.add({offset, offset + data.size()});
+    else
+      copy_cached(lock, offset, data, gaps);
     settings_.counters->add_guarded(Count::client_reads);
     settings_.counters->add_guarded(Count::client_read_bytes, data.size());
   }
@@ -947,7 +962,7 @@ void WriteCache::read(Storage& storage, std::uint64_t offset, std::span<std::byt
 
 Storage::Extents WriteCache::extents(Storage& storage, const ByteRange& range, bool only_first) {
   ByteRanges owed;
-  {
+  if (!storage.is_guest()) {
     const Lock lock(mutex_);
     for_each_unit(lock, range, [&](Unit& unit) {
       owed.add(unit.dirty().inside(range));

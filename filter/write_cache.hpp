@@ -148,9 +148,11 @@ public:
   /// Where everything is on storage: from now on only `founder` is trusted, and what others taught
   /// the cache is forgotten. Returns whether it is so.
   [[nodiscard]] bool found_anew(const Storage& founder);
-  /// Whether there is nothing that a guest could get wrong: it is known that nothing is cached; or
-  /// it only reads, and nothing was changed since `changes_seen`.
-  [[nodiscard]] bool admits_guest(bool changes, std::uint64_t changes_seen) const;
+  /// Whether everything in `range` is on storage.
+  [[nodiscard]] bool clean(const ByteRange& range) const;
+  /// Whether a guest that changes, or reads, the range needs no more than its own storage: nothing
+  /// is cached, and that is known; or it reads where everything is on storage.
+  [[nodiscard]] bool admits_guest(bool changes, const ByteRange& range) const;
   /// It is known that nothing is cached, and everything is on storage.
   [[nodiscard]] bool passes_through() const;
 
@@ -166,9 +168,6 @@ public:
   /// Has a unit, or a few, written through the connection that wrote it last, so that `compare`
   /// has something new to look at. Returns whether storage took one.
   bool store_some();
-  /// Grows with every change that a client makes; a guest who has seen that it has not grown need
-  /// not compare again.
-  [[nodiscard]] std::uint64_t changes() const;
 
   // ---- The pieces that these are made of.
 
@@ -297,6 +296,7 @@ private:
   void queue_filling(const Lock& lock, Unit::Reason reason);
   void forget_learned(const Lock& lock);
   [[nodiscard]] bool passes_through(const Lock& lock) const;
+  [[nodiscard]] bool clean(const Lock& lock, const ByteRange& range) const;
   void drop_clean(const Lock& lock);
   void drop(const Lock&, Unit& unit);
   void relayout(const Lock& lock);

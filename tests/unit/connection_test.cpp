@@ -69,13 +69,13 @@ public:
   }
 
   void write(std::uint64_t offset, std::span<const std::byte> data) {
-    const Connection::InUse in_use = connection_.in_use(Connection::Access::changes);
+    const Connection::InUse in_use = connection_.in_use(Image::Request{true});
     CachedImage seen(in_use.cache, in_use.use.storage());
     Verifier::Change change(in_use.verifier, seen, {offset, offset + data.size()});
     in_use.cache.write(in_use.use.storage(), offset, data, false);
     change.wrote(data);
   }
-  Verifier::Outcome check() { return connection_.in_use(Connection::Access::reads).check(); }
+  Verifier::Outcome check() { return connection_.in_use(Image::Request{}).check(); }
 
   bool refuses_reads = false;
 

@@ -198,7 +198,7 @@ void Client::step() {
   } else if (dice < 93) {
     request(Kind::flush, {}, false);
   } else if (dice < 96) {
-    const Connection::InUse in_use = connection_->in_use(Connection::Access::reads);
+    const Connection::InUse in_use = connection_->in_use(Image::Request{});
     std::vector<std::byte> data(random_() % (2 * unit) + 1);
     in_use.cache.read(in_use.use.storage(), random_() % (capabilities_.size - data.size()), data);
   } else if (dice < 98 && has_header_) {
@@ -236,8 +236,8 @@ void Client::request(Kind kind, const ByteRange& range, bool fua) {
 }
 
 void Client::send(Change change) {
-  const Connection::InUse in_use = connection_->in_use(
-      change.kind == Kind::flush ? Connection::Access::reads : Connection::Access::changes);
+  const Connection::InUse in_use =
+      connection_->in_use(change.kind == Kind::flush ? Image::Request{} : Image::Request{true});
   Storage& storage = in_use.use.storage();
   const Change sent = change;
   const std::size_t number = journal_.begin(Side::client, std::move(change));

@@ -151,7 +151,7 @@ public:
 private:
   void enter(bool changes) {
     if (!image_ || handle_->is_guest())
-      image_ = of_->enter(handle_, image_, changes).image;
+      image_ = of_->enter(handle_, image_, {changes});
   }
 
   Exports& exports_;

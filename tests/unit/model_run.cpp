@@ -296,9 +296,9 @@ private:
 
   /// Sends a request; returns errno, or 0. A failure must have a reason.
   int request(std::uint64_t client, const std::function<void(WriteCache&, Storage&)>& work,
-              int excused = 0, Connection::Access access = Connection::Access::reads) {
+              int excused = 0) {
     try {
-      const Connection::InUse in_use = clients_[client].connection->in_use(access);
+      const Connection::InUse in_use = clients_[client].connection->in_use(needed_);
       work(in_use.cache, in_use.use.storage());
       return 0;
     } catch (const std::system_error& error) {
@@ -544,10 +544,9 @@ private:
 
   /// The first data request finds out what the connection sees; so do those of a guest. Returns
   /// whether it could.
-  bool enter(std::uint64_t client, Connection::Access access) {
+  bool enter(std::uint64_t client) {
     lost_.clear();
-    const int error = request(
-        client, [](WriteCache&, Storage&) {}, 0, access);
+    const int error = request(client, [](WriteCache&, Storage&) {});
     View& view = view_of(client);
     // Without anything to recognise a disk by, what was left of it counts as that of another.
     if (!lost_.empty() && sizes_seen_.size() == 1 && !reads_refused_ && !vanished_)
@@ -620,8 +619,10 @@ private:
     const ByteRange changes = range_of(step, true);
     const bool ends = step.kind == StepKind::disconnect || step.kind == StepKind::vanish;
     const bool will_change = changes_something(step.kind) && !changes.empty();
-    if (!ends &&
-        !enter(client, will_change ? Connection::Access::changes : Connection::Access::reads))
+    const bool reads = step.kind == StepKind::read || step.kind == StepKind::extents;
+    needed_ = will_change ? Image::Request{true, changes}
+                          : (reads ? Image::Request{false, range} : Image::Request{});
+    if (!ends && !enter(client))
       return;
     clients_[client].has_changed = clients_[client].has_changed || will_change;
     switch (step.kind) {
@@ -691,8 +692,9 @@ private:
   }
 
   void finish() {
+    needed_ = {};
     for (std::uint64_t i = 0; i < clients_.size() && broken_.empty(); ++i) {
-      if (clients_[i].connection && enter(i, Connection::Access::reads)) {
+      if (clients_[i].connection && enter(i)) {
         const Capabilities& can = clients_[i].connection->capabilities();
         if (can.size > 0)
           read(i, {0, can.size});
@@ -708,7 +710,7 @@ private:
     next_size_ = views_.front().disk->size();
     if (broken_.empty())
       connect({});
-    if (broken_.empty() && next_size_ > 0 && enter(0, Connection::Access::reads))
+    if (broken_.empty() && next_size_ > 0 && enter(0))
       read(0, {0, next_size_});
     if (broken_.empty())
       flush(0);
@@ -752,6 +754,7 @@ private:
   bool reading_ = false;
   std::set<int> fired_;
   ByteRanges trimmed_;
+  Image::Request needed_;
   std::string broken_;
 };
 

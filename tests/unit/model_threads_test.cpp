@@ -144,7 +144,7 @@ public:
 
   void flush() {
     if (request([](WriteCache& cache, Storage& storage) { cache.flush(storage); },
-                Connection::Access::reads))
+                Image::Request{}))
       check_all("flushed", world_.disk()->durable());
   }
 
@@ -160,7 +160,7 @@ public:
   void read_all() {
     Bytes found(world_.size());
     if (request([&](WriteCache& cache, Storage& storage) { cache.read(storage, 0, found); },
-                Connection::Access::reads))
+                Image::Request{}))
       check_all("read", found);
   }
 
@@ -197,7 +197,7 @@ private:
 
   /// Returns whether it succeeded.
   template <typename Work>
-  bool request(Work work, Connection::Access access = Connection::Access::changes) {
+  bool request(Work work, const Image::Request& access = Image::Request{true}) {
     try {
       const Connection::InUse in_use = connection_->in_use(access);
       work(in_use.cache, in_use.use.storage());

@@ -63,7 +63,6 @@ private:
 /// A client: a connection and the storage that was made for it.
 class Client {
 public:
-  using Access = qcowcache::Connection::Access;
   using Hook = std::function<void(const MemoryStorage::Call&)>;
 
   /// `before` and `after` as in `MemoryStorage`.
@@ -81,30 +80,31 @@ public:
   ~Client() { leave(); }
 
   void write(std::uint64_t offset, std::span<const std::byte> data, bool fua = false) {
-    const qcowcache::Connection::InUse in_use = connection_.in_use(Access::changes);
+    const qcowcache::Connection::InUse in_use = connection_.in_use({true});
     in_use.cache.write(in_use.use.storage(), offset, data, fua);
   }
   std::vector<std::byte> read(std::uint64_t offset, std::size_t size) {
     std::vector<std::byte> data(size);
-    const qcowcache::Connection::InUse in_use = connection_.in_use(Access::reads);
+    const qcowcache::Connection::InUse in_use =
+        connection_.in_use({false, {offset, offset + size}});
     in_use.cache.read(in_use.use.storage(), offset, data);
     return data;
   }
   void flush() {
-    const qcowcache::Connection::InUse in_use = connection_.in_use(Access::reads);
+    const qcowcache::Connection::InUse in_use = connection_.in_use({});
     in_use.cache.flush(in_use.use.storage());
   }
   void zero(const qcowcache::ByteRange& range,
             const qcowcache::Storage::ZeroOptions& options = {}) {
-    const qcowcache::Connection::InUse in_use = connection_.in_use(Access::changes);
+    const qcowcache::Connection::InUse in_use = connection_.in_use({true});
     in_use.cache.zero(in_use.use.storage(), range, options);
   }
   void trim(const qcowcache::ByteRange& range, bool fua = false) {
-    const qcowcache::Connection::InUse in_use = connection_.in_use(Access::changes);
+    const qcowcache::Connection::InUse in_use = connection_.in_use({true});
     in_use.cache.trim(in_use.use.storage(), range, fua);
   }
   qcowcache::Storage::Extents extents(const qcowcache::ByteRange& range) {
-    const qcowcache::Connection::InUse in_use = connection_.in_use(Access::reads);
+    const qcowcache::Connection::InUse in_use = connection_.in_use({false, range});
     return in_use.cache.extents(in_use.use.storage(), range, false);
   }
   void prefetch(const qcowcache::ByteRange& range) {
