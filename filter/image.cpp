@@ -130,7 +130,12 @@ Image::Standing Image::standing(Handle& newcomer, const Request& request) const 
   if (!use)
     return Standing::guest; // it has ended, and uses nothing any more
   const bool others = is_used_by_others(newcomer);
-  const bool other_size = !is_used_by(newcomer) && cache_->size() != newcomer.capabilities().size;
+  const std::uint64_t size = newcomer.capabilities().size;
+  const bool left = !others && !is_used_by(newcomer) && !cache_->clean();
+  if (left && size < cache_->size())
+    return Standing::stranger; // what is left may lie behind its end
+  if (const std::optional<Handle::Use> other = lend_any(newcomer))
+    cache_->look_at_disk(other->storage());
   // What is stored may be all zeros, and show nothing; and others may go on writing meanwhile.
   constexpr int most_comparisons = 64;
   for (int comparisons = 0; comparisons < most_comparisons; ++comparisons) {
@@ -139,8 +144,9 @@ Image::Standing Image::standing(Handle& newcomer, const Request& request) const 
       return Standing::stranger;
     case WriteCache::Likeness::same_disk:
       return Standing::trusted;
+    case WriteCache::Likeness::unknown:
     case WriteCache::Likeness::begins_alike:
-      if (!others && other_size && !cache_->clean())
+      if (left && size != cache_->size())
         return Standing::stranger; // many disks begin alike: not enough for what is left of one
       break;
     case WriteCache::Likeness::alike:
@@ -198,6 +204,20 @@ std::optional<Handle::Use> Image::lend(const WriteCache::Next& next) const {
       const bool can = capabilities.can_write && capabilities.size >= next.dirty_end &&
                        (wrote_last || !user->is_guest());
       if (can && (wrote_last != next.was_refused) == preferred) {
+        if (std::optional<Handle::Use> use = user->use())
+          return use;
+      }
+    }
+  }
+  return std::nullopt;
+}
+
+/// Another connection, if possible one that is trusted.
+std::optional<Handle::Use> Image::lend_any(const Handle& but) const {
+  const std::lock_guard lock(mutex_);
+  for (const bool guests : {false, true}) {
+    for (const std::shared_ptr<Handle>& user : users_) {
+      if (settings_.lend && user.get() != &but && user->is_guest() == guests) {
         if (std::optional<Handle::Use> use = user->use())
           return use;
       }

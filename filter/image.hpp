@@ -125,6 +125,7 @@ private:
   class Source;
   class Decoding;
 
+  [[nodiscard]] std::optional<Handle::Use> lend_any(const Handle& but) const;
   [[nodiscard]] bool is_used_by(const Handle& handle) const;
   [[nodiscard]] bool is_used_by_others(const Handle& handle) const;
   [[nodiscard]] std::uint64_t largest_size() const;

@@ -26,18 +26,15 @@ void Witnesses::remember(const Witness& witness) noexcept {
 void Witnesses::wrote(const ByteRange& range, std::span<const std::byte> data,
                       Clock::time_point begun) noexcept {
   changed(range);
-  const std::uint64_t begin = align_up(range.begin, block_size);
-  if (begin + block_size > range.end)
-    return;
-  const std::span<const std::byte> block = data.subspan(begin - range.begin, block_size);
-  if (!all_zeros(block))
-    remember({{begin, begin + block_size}, checksum(block), begun});
+  const auto block = data.first(std::min<std::size_t>(data.size(), largest_block));
+  if (block.size() >= smallest_block && !all_zeros(block))
+    remember({{range.begin, range.begin + block.size()}, checksum(block), begun});
 }
 
 void Witnesses::read(const ByteRange& range, std::span<const std::byte> data) noexcept {
   changed(range);
   const std::span<const std::byte> block =
-      data.first(std::min<std::size_t>(data.size(), block_size));
+      data.first(std::min<std::size_t>(data.size(), largest_block));
   if (!block.empty())
     remember({{range.begin, range.begin + block.size()}, checksum(block), std::nullopt});
 }

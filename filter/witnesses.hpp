@@ -15,7 +15,7 @@ namespace qcowcache {
 /// What a disk is known to have in a few places, by which another connection's storage can be
 /// recognised as the same disk: the block with the header, and the blocks written last.
 ///
-/// Kept as checksums, one for each block of at most 4096 bytes. Not thread safe: guarded by the
+/// Kept as checksums, one for each block of 512 to 4096 bytes. Not thread safe: guarded by the
 /// cache's mutex; told of every change by the owner of its range, before that is given back.
 class Witnesses {
 public:
@@ -33,12 +33,13 @@ public:
   static constexpr std::size_t most = 4;
   using All = boost::container::static_vector<Witness, most>;
 
-  static constexpr std::uint64_t block_size = 4096;
+  /// Bytes, at most and at least; what a small disk begins with may be less.
+  static constexpr std::uint64_t largest_block = 4096;
+  static constexpr std::uint64_t smallest_block = 512;
 
   [[nodiscard]] static std::size_t checksum(std::span<const std::byte> block) noexcept;
 
-  /// The disk has `data` in `range` by a write that began at `begun`. Pieces of blocks of
-  /// 4096 bytes are no witnesses, but at the end of the file, where `range` ends.
+  /// The disk has `data` in `range` by a write that began at `begun`; the first block is taken.
   void wrote(const ByteRange& range, std::span<const std::byte> data,
              Clock::time_point begun) noexcept;
   /// The disk was found to have `data` in `range`, of which the first block is taken.

@@ -533,7 +533,7 @@ WriteCache::Likeness WriteCache::compare(Storage& storage, Unit::Clock::time_poi
     known = witnesses_.all();
   }
   std::vector<std::byte> data;
-  Likeness likeness = Likeness::begins_alike;
+  Likeness likeness = Likeness::unknown;
   for (const Witnesses::Witness& witness : known) {
     const ByteRange blocks = align_outward(witness.block, capabilities.write_alignment())
                                  .intersection({0, capabilities.size});
@@ -552,8 +552,8 @@ WriteCache::Likeness WriteCache::compare(Storage& storage, Unit::Clock::time_poi
           return Likeness::other_disk;
         if (witness.written && *witness.written > opened)
           return Likeness::same_disk;
-        if (witness.written)
-          likeness = Likeness::alike;
+        if (witness.written || likeness == Likeness::unknown)
+          likeness = witness.written ? Likeness::alike : Likeness::begins_alike;
       }
     }
   }
@@ -1053,10 +1053,14 @@ void WriteCache::trim(Storage& storage, const ByteRange& range, bool fua) {
     failed_on_storage(blocks);
     throw;
   }
-  if (storage.is_guest())
-    changed_by_guest(Lock(mutex_), blocks);
-  else
+  if (storage.is_guest()) {
+    const Lock lock(mutex_);
+    changed_by_guest(lock, blocks);
+    header_.forget(blocks);
+    header_changed(lock, blocks);
+  } else {
     discard(blocks);
+  }
   changed_on_storage(blocks);
 }
 
@@ -1095,7 +1099,11 @@ void WriteCache::forget(const Lock& lock, const ByteRange& range) {
 /// Maybe on another disk: what others wrote there stays.
 void WriteCache::changed_by_guest(const Lock& lock, const ByteRange& range) {
   ++moment_;
-  forget(lock, range);
+  for_each_unit(lock, range, [&](Unit& unit) {
+    unit.forget(range);
+    settle(lock, unit);
+  });
+  zero_map_.changed(range);
   witnesses_.changed(range);
 }
 
@@ -1145,14 +1153,13 @@ void WriteCache::flush(Storage& storage) {
 std::error_code WriteCache::drain(Storage& storage) {
   const std::error_code error = write_owed(storage, Unit::Reason::disconnect);
   if (!clean())
-    look_at_disk(storage);
+    look_at_disk(storage); // what is left may wait for another connection, to be recognised by this
   return error;
 }
 
-/// What is left may have to wait for another connection: by something that has to be recognised.
 void WriteCache::look_at_disk(Storage& storage) {
   const std::uint64_t alignment = storage.capabilities().write_alignment();
-  const ByteRange block = ByteRange{0, align_up(Witnesses::block_size, alignment)}.intersection(
+  const ByteRange block = ByteRange{0, align_up(Witnesses::largest_block, alignment)}.intersection(
       {0, storage.capabilities().size});
   {
     const Lock lock(mutex_);

@@ -158,7 +158,8 @@ public:
 
   enum class Likeness {
     other_disk,   ///< `storage` does not have what the cache knows that its disk has
-    begins_alike, ///< it has, as far as anything is known: how the disk begins
+    unknown,      ///< there is nothing to compare
+    begins_alike, ///< it has, but all that is known is how the disk begins
     alike,        ///< it has what was written last, which a copy of the disk would have as well
     same_disk,    ///< it has what was written through another connection after `opened`
   };
@@ -168,6 +169,9 @@ public:
   /// Has a unit, or a few, written through the connection that wrote it last, so that `compare`
   /// has something new to look at. Returns whether storage took one.
   bool store_some();
+  /// Has a look at how the disk begins, so that there is something to compare, unless there is
+  /// already. Where it cannot be read there is not.
+  void look_at_disk(Storage& storage);
 
   // ---- The pieces that these are made of.
 
@@ -316,7 +320,6 @@ private:
   void finish(const Job& job, bool stored, const std::error_code& refusal) noexcept;
   void forget(const Lock& lock, const ByteRange& range);
   void changed_by_guest(const Lock& lock, const ByteRange& range);
-  void look_at_disk(Storage& storage);
   void changed_on_storage(const ByteRange& range);
   void failed_on_storage(const ByteRange& range);
   void copy_cached(const Lock& lock, std::uint64_t offset, std::span<std::byte> data,

@@ -102,8 +102,10 @@ break_down("pread")
 client = nbd.NBD()
 client.set_export_name("unread")
 client.connect_unix(address)
+client.pwrite(b"first", 800101)
 break_down("")
 client.pwrite(b"passed", 800001)
+assert stored(800101, 5) == b"first", "a write was held back before the header was read"
 assert stored(800001, 6) == b"passed", "a write was held back without a header"
 client.shutdown()
 END

@@ -65,6 +65,7 @@ private:
     setup.trims = one_of({Trims::zeros, Trims::zeros, Trims::keeps, Trims::garbage});
     setup.filled = chance(50);
     failing_ = chance(60);
+    exchanging_ = sequence_.setup.sharing == Sharing::cache && chance(30);
   }
 
   /// Without background writers that run, waiting for memory would take real time.
@@ -211,6 +212,8 @@ private:
         Weight{StepKind::size, 2},
         Weight{StepKind::breaks, failing_ ? 2U : 0U},
         Weight{StepKind::heals, failing_ ? 4U : 0U},
+        Weight{StepKind::look, 2},
+        Weight{StepKind::exchange, exchanging_ ? 3U : 0U},
     };
     unsigned total = 0;
     for (const Weight& weight : weights)
@@ -252,6 +255,9 @@ private:
       step.may_trim = chance(50);
       step.fast = chance(30);
       return with_fault(step);
+    case StepKind::exchange:
+      step.value = below(3);
+      return step;
     case StepKind::cluster_end:
       step.offset = below(std::max<std::uint64_t>(1, size_));
       return step;
@@ -286,6 +292,7 @@ private:
   std::uint64_t position_ = 512;
   std::uint64_t size_ = 0;
   bool failing_ = false;
+  bool exchanging_ = false;
 };
 
 } // namespace

@@ -55,7 +55,8 @@ public:
       : sequence_(sequence), setup_(sequence.setup), budget_(setup_.memory),
         exports_(settings(), budget_), most_used_(setup_.memory), next_size_(setup_.size) {
     for (std::uint64_t i = 0; i < setup_.connections; ++i) {
-      views_.push_back(fresh_view());
+      if (i == 0 || setup_.sharing == Sharing::nothing)
+        views_.push_back(fresh_view());
       clients_.emplace_back();
     }
   }
@@ -93,6 +94,8 @@ private:
     ModelStorage* storage = nullptr;
     bool cached_before = false;
     bool has_changed = false;
+    /// Which of the disks it sees.
+    std::size_t view = 0;
   };
 
   Export::Settings settings() {
@@ -109,8 +112,9 @@ private:
     return settings;
   }
 
-  View fresh_view() {
-    const Bytes initial = bytes_of(setup_.filled ? 251 : 0, {0, next_size_});
+  View fresh_view() { return fresh_view(setup_.filled ? 251 : 0); }
+  View fresh_view(std::uint64_t content) {
+    const Bytes initial = bytes_of(content, {0, next_size_});
     return {std::make_shared<ModelDisk>(initial), ModelBytes(initial)};
   }
 
@@ -157,7 +161,7 @@ private:
   }
 
   [[nodiscard]] View& view_of(std::uint64_t client) {
-    return views_[setup_.sharing == Sharing::nothing ? client : 0];
+    return views_[setup_.sharing == Sharing::nothing ? client : clients_[client].view];
   }
   [[nodiscard]] bool owns(std::uint64_t client, std::uint64_t offset) const {
     if (setup_.sharing != Sharing::disk)
@@ -218,7 +222,9 @@ private:
     if (call.kind == Fails::write && ++writes_ == setup_.loses_write)
       return {0, false, true};
     const auto concerns = [&](const ModelStep& step) {
-      return step.fails == Fails::any || step.fails == call.kind;
+      // Whoever cannot read cannot tell disks apart.
+      return (step.fails == Fails::any || step.fails == call.kind) &&
+             !(exchanged_ && call.kind == Fails::read);
     };
     if (step_->kind != StepKind::breaks && concerns(*step_) && ++matching_calls_ == step_->nth)
       return refuse(*step_);
@@ -377,7 +383,10 @@ private:
     // A refusal makes the cache look for the header anew, so that it may have cached meanwhile.
     if (through && (!caching() || header == false) && fired_.empty())
       check_stored(client, "passed through", range, false);
-    if (has_header(client) == true && !refused_ever_ && most_used_ >= plenty && !caching())
+    // A guest's writes pass through as long as nobody knows better.
+    const bool guest = clients_[client].storage->is_guest();
+    if (has_header(client) == true && !refused_ever_ && most_used_ >= plenty && !guest &&
+        !caching())
       breaks("there is a header, and nothing is cached");
   }
 
@@ -505,7 +514,38 @@ private:
     return std::ranges::any_of(clients_, [](const Client& client) { return !!client.connection; });
   }
 
+  [[nodiscard]] bool anybody_sees(std::size_t view) const {
+    return std::ranges::any_of(clients_, [view](const Client& client) {
+      return client.connection && client.view == view;
+    });
+  }
+
+  void look(std::uint64_t number) {
+    const View& view = views_[setup_.sharing == Sharing::nothing ? number : views_.size() - 1];
+    Connection onlooker(exports_, "export");
+    onlooker.begin(std::make_unique<ModelStorage>(
+        setup_, capabilities(view.disk->size(), false), view.disk, *this, number));
+    onlooker.drain();
+    onlooker.end();
+    if (calls_ > 0)
+      breaks("somebody who only looked made storage work");
+  }
+
+  /// Nobody who is connected notices. Only while there is something to recognise disks by: a disk
+  /// of which nothing was read or stored looks like any other, and one that has bytes left of it
+  /// may look like an empty one.
+  void exchange(std::uint64_t content) {
+    const bool recognisable = !reads_refused_ && !vanished_ && sizes_seen_.size() <= 1 &&
+                              next_size_ == views_.back().disk->size();
+    if (setup_.sharing != Sharing::cache || !recognisable)
+      return;
+    exchanged_ = true;
+    views_.push_back(fresh_view(content == 0 && !refused_ever_ ? 0 : 100 + views_.size()));
+  }
+
   void resize(std::uint64_t size) {
+    if (exchanged_)
+      return;
     next_size_ = size / setup_.minimum * setup_.minimum;
     // While somebody is connected, a disk can only grow.
     if (setup_.sharing != Sharing::nothing && anybody_connected() &&
@@ -527,6 +567,8 @@ private:
       views_[step.connection] = fresh_view();
     else if (!anybody_connected())
       take_next_size();
+    if (setup_.sharing == Sharing::cache)
+      client.view = views_.size() - 1;
     View& view = view_of(step.connection);
     const std::uint64_t size = view.disk->size();
     client.connection = std::make_unique<Connection>(exports_, "export");
@@ -548,6 +590,9 @@ private:
     lost_.clear();
     const int error = request(client, [](WriteCache&, Storage&) {});
     View& view = view_of(client);
+    // What is left of a disk that was exchanged is lost, and nobody sees that disk any more.
+    if (exchanged_)
+      return error == 0;
     // Without anything to recognise a disk by, what was left of it counts as that of another.
     if (!lost_.empty() && sizes_seen_.size() == 1 && !reads_refused_ && !vanished_)
       breaks("bytes were given up for a connection of the same size");
@@ -561,7 +606,7 @@ private:
     View& view = view_of(number);
     const bool reached = within_reach(number);
     const bool writable = client.connection->capabilities().can_write;
-    const bool wrote = std::exchange(client.has_changed, false);
+    const bool wrote = std::exchange(client.has_changed, false) && !client.storage->is_guest();
     vanished_ = vanished_ || !properly;
     lost_.clear();
     if (properly)
@@ -573,7 +618,7 @@ private:
     const ByteRange all{0, view.disk->size()};
     // What others wrote is for them to see to.
     const bool for_it_to_store =
-        setup_.sharing != Sharing::cache || (wrote && !anybody_connected());
+        setup_.sharing != Sharing::cache || (wrote && !anybody_sees(client.view));
     const bool all_stored = properly && reached && fired_.empty() && writable && for_it_to_store;
     if (!lost_.empty() && (all_stored || setup_.sharing == Sharing::cache))
       breaks("disconnecting lost bytes: " + text_of(lost_.hull()));
@@ -601,6 +646,12 @@ private:
       return;
     case StepKind::heals:
       standing_.clear();
+      return;
+    case StepKind::look:
+      look(std::min(step.connection, setup_.connections - 1));
+      return;
+    case StepKind::exchange:
+      exchange(step.value);
       return;
     default:
       if (step.connection < clients_.size() && clients_[step.connection].connection)
@@ -630,7 +681,7 @@ private:
       disconnect(client, true);
       return;
     case StepKind::vanish:
-      disconnect(client, false);
+      disconnect(client, exchanged_); // nothing is to be left there of a disk that nobody sees
       return;
     case StepKind::write:
       if (!changes.empty())
@@ -720,7 +771,7 @@ private:
       return;
     lost_.clear();
     exports_.report_left();
-    if (!lost_.empty())
+    if (!lost_.empty() && !exchanged_)
       breaks("lost at the end: " + text_of(lost_.hull()));
     if (budget_.used() > 0)
       breaks("memory is still in use at the end");
@@ -744,6 +795,7 @@ private:
   bool refused_ever_ = false;
   bool reads_refused_ = false;
   bool vanished_ = false;
+  bool exchanged_ = false;
 
   // Of the current step.
   const ModelStep* step_ = nullptr;

@@ -74,6 +74,8 @@ enum class StepKind {
   size,        ///< the disk is `length` bytes long as soon as nobody is connected, or it grows
   breaks,      ///< calls of kind `fails` fail from now on
   heals,       ///< nothing does any more
+  look,        ///< somebody connects, asks for no data, and leaves
+  exchange,    ///< who connects from now on sees another disk; where `value`, a disk with content
 };
 
 /// Which of storage's calls fails.
