@@ -61,8 +61,8 @@ client = nbd.NBD()
 client.connect_unix(address)
 if flush_first == "yes":
     client.flush()
-for position in range(0, 64 << 20, 16 << 20):
-    assert client.pread(16 << 20, position) == bytes(16 << 20), "reads bytes of the dead image"
+for position in range(0, 16 << 20, 4 << 20):
+    assert client.pread(4 << 20, position) == bytes(4 << 20), "reads bytes of the dead image"
 client.flush()
 client.pwrite(b"living", (1 << 20) + 5)
 client.flush()
@@ -83,15 +83,15 @@ says_lost ()
     [ "$(grep -c 'qcowcache.*lost [0-9]* bytes' "$work/$1.err")" -eq 1 ] || fail "the loss is reported more than once"
 }
 
-made_anew () { rm "$1" && truncate -s 64M "$1"; }
-copied_over () { truncate -s 64M "$1.new" && mv "$1.new" "$1"; }
-emptied () { truncate -s 0 "$1" && truncate -s 64M "$1"; }
+made_anew () { rm "$1" && truncate -s 16M "$1"; }
+copied_over () { truncate -s 16M "$1.new" && mv "$1.new" "$1"; }
+emptied () { truncate -s 0 "$1" && truncate -s 16M "$1"; }
 
 for writers in 4 0; do
     for exchange in made_anew copied_over emptied; do
         for flush_first in yes no; do
             echo "$writers writers, $exchange, flush first: $flush_first"
-            fresh_file "$work/disk" 64M
+            fresh_file "$work/disk" 16M
             start_nbdkit server --filter="$FILTER" --filter=error file "$work/disk" qcowcache-writers="$writers" \
                 error-pwrite=ENOSPC error-pwrite-rate=100% error-pwrite-file="$work/full" qcowcache-size=4M
             gives_up server "$work/full"
@@ -106,7 +106,7 @@ done
 
 if small_filesystem "$work/small" 6M; then
     echo "a real one"
-    fresh_file "$work/small/disk" 64M
+    fresh_file "$work/small/disk" 16M
     start_nbdkit server --filter="$FILTER" file "$work/small/disk"
     gives_up server
     made_anew "$work/small/disk"
@@ -115,7 +115,7 @@ if small_filesystem "$work/small" 6M; then
     stop_nbdkit server
 
     echo "the same file, with room again"
-    fresh_file "$work/small/disk" 64M
+    fresh_file "$work/small/disk" 16M
     start_nbdkit server --filter="$FILTER" file "$work/small/disk"
     gives_up server
     mount -o remount,size=64M "$work/small"

@@ -3,8 +3,8 @@
  *
  *   hung      never, from the second mebibyte on
  *   slow      2 MB in a second, one write after the other
+ *   healthy   250 MB in a second, one write after the other
  *   refusing  not, from the second mebibyte on: ENOSPC
- *   healthy   at once
  *
  * With entered=FILE a byte is added to that file, which may be a pipe, when a write begins that
  * will not end at once.
@@ -24,7 +24,8 @@
 #define DISK_SIZE (256 << 20)
 #define MOST_DISKS 64
 #define GOOD_BYTES (1 << 20)
-#define SLOW_BYTES_PER_SECOND 2000000
+#define SLOW_BYTES_PER_SECOND 2e6
+#define HEALTHY_BYTES_PER_SECOND 250e6
 
 struct disk {
   char* name;
@@ -95,6 +96,14 @@ static void note_entered(void) {
   }
 }
 
+static void take_time(struct disk* disk, double seconds) {
+  const struct timespec time = {.tv_sec = (time_t)seconds,
+                                .tv_nsec = (long)((seconds - (double)(time_t)seconds) * 1e9)};
+  pthread_mutex_lock(&disk->one_at_a_time);
+  nanosleep(&time, NULL);
+  pthread_mutex_unlock(&disk->one_at_a_time);
+}
+
 static int uneven_pwrite(void* handle, const void* buffer, uint32_t count, uint64_t offset,
                          uint32_t flags) {
   struct disk* disk = handle;
@@ -111,14 +120,11 @@ static int uneven_pwrite(void* handle, const void* buffer, uint32_t count, uint6
     return -1;
   }
   if (!good && strncmp(disk->name, "slow", 4) == 0) {
-    const double seconds = (double)count / SLOW_BYTES_PER_SECOND;
-    struct timespec time = {.tv_sec = (time_t)seconds,
-                            .tv_nsec = (long)((seconds - (double)(time_t)seconds) * 1e9)};
     note_entered();
-    pthread_mutex_lock(&disk->one_at_a_time);
-    nanosleep(&time, NULL);
-    pthread_mutex_unlock(&disk->one_at_a_time);
+    take_time(disk, count / SLOW_BYTES_PER_SECOND);
   }
+  if (!good && strncmp(disk->name, "healthy", 7) == 0)
+    take_time(disk, count / HEALTHY_BYTES_PER_SECOND);
   memcpy(disk->bytes + offset, buffer, count);
   return 0;
 }
