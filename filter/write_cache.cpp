@@ -850,7 +850,7 @@ bool WriteCache::make_room(Storage& storage) {
   if (!budget_.press(*this) || !owes)
     return false;
   // Should the background writers all be busy elsewhere this request writes a unit itself.
-  constexpr std::chrono::milliseconds patience{100};
+  constexpr std::chrono::milliseconds patience{20};
   return budget_.wait_for_change(seen, patience) || write_oldest(storage);
 }
 

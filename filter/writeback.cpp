@@ -43,16 +43,40 @@ std::size_t Writeback::at_work(const Lock& /*lock*/) const {
 }
 
 /// Throws std::system_error.
+void Writeback::hire_one(const Lock& /*lock*/) {
+  Writer& writer = writers_.emplace_back();
+  try {
+    writer.thread = std::thread([this, &writer] { work(writer); });
+  } catch (...) {
+    writers_.pop_back();
+    throw;
+  }
+}
+
 void Writeback::hire(const Lock& lock) {
-  for (std::size_t there = at_work(lock); there < wanted_; ++there) {
-    Writer& writer = writers_.emplace_back();
-    try {
-      writer.thread = std::thread([this, &writer] { work(writer); });
-    } catch (...) {
-      writers_.pop_back();
-      throw;
+  for (std::size_t there = at_work(lock); there < wanted_; ++there)
+    hire_one(lock);
+}
+
+/// Those who are caught from now on are replaced.
+void Writeback::replace_caught(const Lock& lock, Clock::time_point now) {
+  for (Writer& writer : writers_) {
+    if (!writer.caught && writer.busy_since && now - *writer.busy_since >= slow) {
+      writer.caught = true;
+      --awake_;
     }
   }
+  hire(lock);
+}
+
+/// Whether it waits for its first writer while all are busy with others, none of whom has only just
+/// begun.
+bool Writeback::lacks_writers(const Lock& /*lock*/, const Source& source,
+                              Clock::time_point now) const {
+  return source.ready_ && source.writers_ == 0 &&
+         std::ranges::all_of(writers_, [&](const Writer& writer) {
+           return writer.ended || (writer.busy_since && now - *writer.busy_since >= patience);
+         });
 }
 
 void Writeback::add(const std::shared_ptr<Source>& source) {
@@ -74,19 +98,30 @@ void Writeback::wake(const std::shared_ptr<Source>& source, std::size_t waiting)
       source->ready_ = true;
     }
     const bool call = source->ready_ && waiting > awake_;
+    if (!stopping_ && wanted_ > 0 && awake_ >= wanted_) {
+      const Clock::time_point now = Clock::now();
+      if (lacks_writers(lock, *source, now)) {
+        replace_caught(lock, now);
+        if (lacks_writers(lock, *source, now))
+          hire_one(lock);
+      }
+    }
     lock.unlock(); // the one who is called would only run into it
     if (call)
       work_.notify_one();
   } catch (const std::bad_alloc&) {
     return;
+  } catch (const std::system_error&) {
+    return; // no thread more for now
   }
 }
 
 /// The source whose turn it is among those that may have another writer; nullptr: none.
 std::shared_ptr<Writeback::Source> Writeback::take_ready(const Lock& /*lock*/) {
-  const auto found = std::ranges::find_if(
-      ready_, [this](const auto& source) { return source->writers_ < wanted_; });
-  if (found == ready_.end())
+  // Of those that have fewest the one that waits longest.
+  const auto found =
+      std::ranges::min_element(ready_, {}, [](const auto& source) { return source->writers_; });
+  if (found == ready_.end() || (*found)->writers_ >= wanted_)
     return nullptr;
   std::shared_ptr<Source> source = std::move(*found);
   ready_.erase(found);
@@ -105,10 +140,14 @@ void Writeback::work(Writer& self) {
       ++awake_;
     } else {
       ++source->writers_;
-      self.busy_since = Clock::now();
-      lock.unlock();
-      serve(source);
-      lock.lock();
+      bool stays = true;
+      while (stays) {
+        self.busy_since = Clock::now();
+        lock.unlock();
+        const bool waits = serve(source);
+        lock.lock();
+        stays = waits && self.caught && !stopping_;
+      }
       self.busy_since.reset();
       awake_ += self.caught ? 1 : 0;
       self.caught = false;
@@ -121,16 +160,19 @@ void Writeback::work(Writer& self) {
   self.ended = true;
 }
 
-void Writeback::serve(const std::shared_ptr<Source>& source) {
+/// Returns whether more waits there.
+bool Writeback::serve(const std::shared_ptr<Source>& source) {
   // One unit is this writer's; where more wait, others may begin with them meanwhile.
   try {
     if (const std::size_t waiting = source->waiting(); waiting > 1)
       wake(source, waiting);
     source->write_one();
-    if (const std::size_t waiting = source->waiting(); waiting > 0)
+    const std::size_t waiting = source->waiting();
+    if (waiting > 0)
       wake(source, waiting);
+    return waiting > 0;
   } catch (const std::bad_alloc&) {
-    // What waits still waits, and is found at the next tick.
+    return false; // what waits still waits, and is found at the next tick
   }
 }
 
@@ -139,7 +181,7 @@ void Writeback::tick_until_stopped() {
   while (!stop_.wait_for(lock, tick_interval, [this] { return stopping_; })) {
     lock.unlock();
     try {
-      replace_caught();
+      bury_ended();
       tick_all();
     } catch (const std::system_error&) {
       // No thread more for now: the next tick tries again.
@@ -150,23 +192,18 @@ void Writeback::tick_until_stopped() {
   }
 }
 
-void Writeback::replace_caught() {
+void Writeback::bury_ended() {
   std::list<Writer> ended;
   {
     const Lock lock(mutex_);
-    const Clock::time_point now = Clock::now();
     for (auto writer = writers_.begin(); writer != writers_.end();) {
       const auto next = std::next(writer);
-      if (writer->ended) {
+      if (writer->ended)
         ended.splice(ended.end(), writers_, writer);
-      } else if (!writer->caught && writer->busy_since && now - *writer->busy_since >= slow) {
-        writer->caught = true;
-        --awake_;
-      }
       writer = next;
     }
     if (!stopping_)
-      hire(lock);
+      replace_caught(lock, Clock::now());
   }
   for (Writer& writer : ended)
     writer.thread.join();

@@ -17,9 +17,10 @@ namespace qcowcache {
 /// The background writers: threads that write units of all caches, in turn, so that clients need
 /// not wait for storage.
 ///
-/// Storage may hang. A writer that has been caught in one call for `slow` counts no more, and
-/// another takes its place, so that as many as were asked for go on with the other sources; but no
-/// source ever has more of them than that.
+/// Storage may be slow, or hang. A writer that has been caught in one call for `slow` stays with
+/// that source as long as there is something to write, and counts no more: another takes its place,
+/// so that as many as were asked for go on with the other sources. No source ever has more of them
+/// than that; and none waits longer than `patience` for its first.
 ///
 /// Thread safe. Calls sources with no mutex held; `wake` may be called under a cache's mutex.
 class Writeback {
@@ -51,6 +52,7 @@ public:
 
   static constexpr std::chrono::milliseconds tick_interval{250};
   static constexpr std::chrono::milliseconds slow{100};
+  static constexpr std::chrono::milliseconds patience{20};
 
   /// `on_tick`, if any, is called before the sources' ticks.
   explicit Writeback(std::function<void()> on_tick = {}) : on_tick_(std::move(on_tick)) {}
@@ -87,12 +89,15 @@ private:
 
   // Functions that take a Lock need it held.
   void hire(const Lock&);
+  void hire_one(const Lock&);
+  void replace_caught(const Lock& lock, Clock::time_point now);
+  [[nodiscard]] bool lacks_writers(const Lock&, const Source& source, Clock::time_point now) const;
   [[nodiscard]] std::size_t at_work(const Lock&) const;
   [[nodiscard]] std::shared_ptr<Source> take_ready(const Lock&);
   void work(Writer& self);
-  void serve(const std::shared_ptr<Source>& source);
+  bool serve(const std::shared_ptr<Source>& source);
   void tick_until_stopped();
-  void replace_caught();
+  void bury_ended();
   void tick_all();
 
   const std::function<void()> on_tick_;

@@ -523,8 +523,8 @@ private:
   void look(std::uint64_t number) {
     const View& view = views_[setup_.sharing == Sharing::nothing ? number : views_.size() - 1];
     Connection onlooker(exports_, "export");
-    onlooker.begin(std::make_unique<ModelStorage>(
-        setup_, capabilities(view.disk->size(), false), view.disk, *this, number));
+    onlooker.begin(std::make_unique<ModelStorage>(setup_, capabilities(view.disk->size(), false),
+                                                  view.disk, *this, number));
     onlooker.drain();
     onlooker.end();
     if (calls_ > 0)
