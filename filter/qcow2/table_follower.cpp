@@ -14,6 +14,8 @@ namespace {
 
 /// Clients write zeros in many places: what is beyond this number is only read once more.
 constexpr std::size_t most_zero_ranges = 1024;
+/// More than so many tables that change their place are sorted together.
+constexpr std::size_t few = 8;
 constexpr std::size_t bits = 64;
 
 bool same_layout(const Header& left, const Header& right) noexcept {
@@ -67,12 +69,13 @@ void TableFollower::begin_looking_at_everything() noexcept {
 
 void TableFollower::looked_at_table(std::uint32_t l1_index, std::uint64_t offset) noexcept {
   if (lost_ && learning_ && l1_index < l1_.size())
-    place(l1_index, offset);
+    l1_[l1_index] = offset;
 }
 
 void TableFollower::follow_again() noexcept {
   if (!lost_ || !learning_ || lost_touched_ || l1_.size() != header_->l1.entries)
     return;
+  sort_by_offset(0, static_cast<std::uint32_t>(l1_.size()));
   lost_ = false;
   learning_ = false;
 }
@@ -97,9 +100,32 @@ void TableFollower::l1_entries(std::uint32_t first, std::span<const std::byte> b
   if (lost_)
     return;
   try {
-    for (std::size_t at = 0; at + l1_entry_size <= bytes.size(); at += l1_entry_size)
-      set_l1_entry(first + static_cast<std::uint32_t>(at / l1_entry_size), l1_entry(bytes, at),
-                   old);
+    const std::size_t whole = bytes.size() / l1_entry_size;
+    const auto count = static_cast<std::uint32_t>(
+        std::min<std::size_t>(whole, header_->l1.entries - std::min(first, header_->l1.entries)));
+    const auto offset_of = [&](std::uint32_t index) {
+      return l2_table_offset(l1_entry(bytes, std::size_t{index - first} * l1_entry_size), *header_)
+          .value_or(0);
+    };
+    const auto differs = [&](std::uint32_t index) {
+      return offset_of(index) != (index < l1_.size() ? l1_[index] : 0);
+    };
+    std::size_t moved = 0;
+    for (std::uint32_t index = first; index < first + count; ++index)
+      moved += differs(index) ? 1U : 0U;
+    if (moved > 0 && first + count > l1_.size())
+      make_l1();
+    for (std::uint32_t index = first; moved > 0 && index < first + count; ++index) {
+      if (!differs(index))
+        continue;
+      set_l1_entry(index, offset_of(index), old);
+      if (moved > few)
+        l1_[index] = offset_of(index);
+      else
+        place(index, offset_of(index));
+    }
+    if (moved > few)
+      sort_by_offset(first, first + count);
   } catch (const std::bad_alloc&) {
     lose();
   }
@@ -108,24 +134,18 @@ void TableFollower::l1_entries(std::uint32_t first, std::span<const std::byte> b
 void TableFollower::end_reading_l1() noexcept {
   if (lost_)
     return;
-  while (l1_.size() > header_->l1.entries) {
-    place(static_cast<std::uint32_t>(l1_.size() - 1), 0);
-    copies_.erase(static_cast<std::uint32_t>(l1_.size() - 1));
-    l1_.pop_back();
+  if (const std::uint32_t entries = header_->l1.entries; l1_.size() > entries) {
+    std::erase_if(by_offset_, [entries](std::uint32_t index) { return index >= entries; });
+    copies_.erase(copies_.lower_bound(entries), copies_.end());
+    l1_.resize(entries);
   }
   l1_stale_ = l1_touched_;
   l1_touched_ = false;
 }
 
-void TableFollower::set_l1_entry(std::uint32_t index, std::uint64_t value, bool old) {
-  if (index >= header_->l1.entries)
-    return;
-  const std::uint64_t offset = l2_table_offset(value, *header_).value_or(0);
-  if (index >= l1_.size())
-    make_l1();
+/// The entry is going to name a table at `offset`, 0 for none, and not the one that it names now.
+void TableFollower::set_l1_entry(std::uint32_t index, std::uint64_t offset, bool old) {
   const std::uint64_t before = l1_[index];
-  if (offset == before)
-    return;
   if (offset == 0) {
     copies_.erase(index);
   } else if (!old) {
@@ -144,10 +164,10 @@ void TableFollower::set_l1_entry(std::uint32_t index, std::uint64_t value, bool 
         std::ranges::fill(copy.unchecked, 0);
         copy.unchecked_count = 0;
         copy.stale = false;
+        any_checked_ = true;
       }
     }
   }
-  place(index, offset);
 }
 
 /// Allocates about so many bytes, if need be after others have given up theirs. Throws
@@ -187,15 +207,29 @@ void TableFollower::free_l1() noexcept {
 /// The table of this index is at `offset`, 0 for nowhere.
 void TableFollower::place(std::uint32_t index, std::uint64_t offset) {
   const auto position = [this](std::uint32_t wanted) {
-    return std::partition_point(by_offset_.begin(), by_offset_.end(), [&](std::uint32_t other) {
-      return std::pair(l1_[other], other) < std::pair(l1_[wanted], wanted);
-    });
+    return std::partition_point(by_offset_.begin(), by_offset_.end(),
+                                [&](std::uint32_t other) { return is_before(other, wanted); });
   };
   if (l1_[index] != 0)
     by_offset_.erase(position(index));
   l1_[index] = offset;
   if (offset != 0)
     by_offset_.insert(position(index), index); // `make_l1` has made room
+}
+
+/// The tables from `first` to before `end` may be anywhere, and the others are in their order.
+void TableFollower::sort_by_offset(std::uint32_t first, std::uint32_t end) {
+  std::erase_if(by_offset_, [=](std::uint32_t index) { return index >= first && index < end; });
+  const auto others = static_cast<std::ptrdiff_t>(by_offset_.size());
+  for (std::uint32_t index = first; index < end; ++index) {
+    if (l1_[index] != 0)
+      by_offset_.push_back(index); // `make_l1` has made room
+  }
+  const auto before = [this](std::uint32_t left, std::uint32_t right) {
+    return is_before(left, right);
+  };
+  std::sort(by_offset_.begin() + others, by_offset_.end(), before);
+  std::inplace_merge(by_offset_.begin(), by_offset_.begin() + others, by_offset_.end(), before);
 }
 
 // ---- Copies of L2 tables
@@ -233,7 +267,8 @@ bool TableFollower::allocate(Copy& copy) noexcept {
 }
 
 void TableFollower::drop_checked_copies() noexcept {
-  std::erase_if(copies_, [](const auto& item) { return !item.second.has_work(); });
+  if (std::exchange(any_checked_, false))
+    std::erase_if(copies_, [](const auto& item) { return !item.second.has_work(); });
 }
 
 void TableFollower::apply(Copy& copy, std::uint32_t l2_index, std::uint64_t value) noexcept {
@@ -268,6 +303,7 @@ void TableFollower::load_checked(std::uint32_t l1_index,
       }
     }
     copy.stale = stale;
+    any_checked_ = true;
     if (copy.entries.empty() && !stale)
       copies_.erase(l1_index);
   } catch (const std::bad_alloc&) {
@@ -316,6 +352,7 @@ bool TableFollower::load(std::uint32_t l1_index, std::span<const std::byte> tabl
     apply(*copy, i, l2_entry(table, i, *header_));
   copy->replaced = 0;
   copy->stale = copy->touched;
+  any_checked_ = true;
   return true;
 }
 
@@ -355,6 +392,7 @@ void TableFollower::checked(const Entry& entry) noexcept {
   if ((word & bit) != 0)
     --copy->unchecked_count;
   word &= ~bit;
+  any_checked_ = true;
 }
 
 void TableFollower::uncheck(const Entry& entry) noexcept {
@@ -376,31 +414,39 @@ bool TableFollower::has_work() const noexcept {
 
 // ---- What is written
 
-template <typename Function>
-void TableFollower::for_each_table(const ByteRange& range, Function function) const {
+std::pmr::vector<std::uint32_t>::const_iterator
+TableFollower::first_table(const ByteRange& range) const noexcept {
   if (!header_ || lost_)
-    return;
+    return by_offset_.end();
   const std::uint64_t size = header_->cluster_size();
-  auto it = std::partition_point(by_offset_.begin(), by_offset_.end(), [&](std::uint32_t index) {
+  return std::partition_point(by_offset_.begin(), by_offset_.end(), [&](std::uint32_t index) {
     return l1_[index] + size <= range.begin;
   });
-  for (; it != by_offset_.end() && l1_[*it] < range.end; ++it)
+}
+
+template <typename Function>
+void TableFollower::for_each_table(const ByteRange& range, Function function) const {
+  for (auto it = first_table(range); it != by_offset_.end() && l1_[*it] < range.end; ++it)
     function(*it);
 }
 
-std::optional<std::uint32_t> TableFollower::unread_in(const ByteRange& range) const noexcept {
-  std::optional<std::uint32_t> found;
-  for_each_table(range, [&](std::uint32_t index) {
-    if (!found && copy_of(index) == nullptr)
-      found = index;
-  });
-  return found;
+std::optional<std::uint32_t>
+TableFollower::unread_in(const ByteRange& range,
+                         std::optional<std::uint32_t> before) const noexcept {
+  auto it = first_table(range);
+  if (before && has_table(*before) && it != by_offset_.end() && !is_before(*before, *it))
+    it = std::partition_point(it, by_offset_.end(),
+                              [&](std::uint32_t index) { return !is_before(*before, index); });
+  for (; it != by_offset_.end() && l1_[*it] < range.end; ++it) {
+    if (is_unread(*it))
+      return *it;
+  }
+  return std::nullopt;
 }
 
 bool TableFollower::is_table(const ByteRange& range) const noexcept {
-  bool found = range.overlaps(l1_range());
-  for_each_table(range, [&](std::uint32_t /*index*/) { found = true; });
-  return found;
+  const auto first = first_table(range);
+  return range.overlaps(l1_range()) || (first != by_offset_.end() && l1_[*first] < range.end);
 }
 
 /// `entry_at` gives the entry that begins at an offset in the file; nothing: no entry is known.
@@ -421,6 +467,7 @@ void TableFollower::write_tables(const ByteRange& range, const EntryAt& entry_at
       }
       for (std::uint64_t at = part.begin; at < part.end; at += entry_size)
         apply(copy, static_cast<std::uint32_t>((at - offset) / entry_size), entry_at(at));
+      any_checked_ = true;
     });
   } catch (const std::bad_alloc&) {
     lose();

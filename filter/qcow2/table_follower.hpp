@@ -78,8 +78,14 @@ public:
   void changed(const ByteRange& range) noexcept;
 
   /// A table that the range overlaps, whose content counts as checked but is not in memory: it has
-  /// to be read before it changes.
-  [[nodiscard]] std::optional<std::uint32_t> unread_in(const ByteRange& range) const noexcept;
+  /// to be read before it changes. The first, or the next behind that of `before`.
+  [[nodiscard]] std::optional<std::uint32_t>
+  unread_in(const ByteRange& range,
+            std::optional<std::uint32_t> before = std::nullopt) const noexcept;
+  /// REQUIRES: the L1 table names one with this index.
+  [[nodiscard]] bool is_unread(std::uint32_t l1_index) const noexcept {
+    return copy_of(l1_index) == nullptr;
+  }
   /// Whether the range has a part of the L1 table or of an L2 table in it.
   [[nodiscard]] bool is_table(const ByteRange& range) const noexcept;
   [[nodiscard]] bool has_table(std::uint32_t l1_index) const noexcept {
@@ -104,6 +110,11 @@ public:
   /// entries of its successor are new.
   void forget_replaced(const ByteRange& range) noexcept;
   void begin_reading(std::uint32_t l1_index) noexcept;
+  /// Whether all entries of this table are new, and it has no copy yet.
+  [[nodiscard]] bool all_new(std::uint32_t l1_index) const noexcept {
+    const Copy* copy = copy_of(l1_index);
+    return copy != nullptr && copy->entries.empty() && copy->replaced == 0;
+  }
   /// The table has this content. Returns false when there is no memory for a copy: then the caller
   /// has to look at all of its compressed entries, and calls `looked_at_all`.
   [[nodiscard]] bool load(std::uint32_t l1_index, std::span<const std::byte> table) noexcept;
@@ -159,8 +170,9 @@ private:
   /// The entry that begins at an offset in the file.
   using EntryAt = std::function<std::uint64_t(std::uint64_t at)>;
 
-  void set_l1_entry(std::uint32_t index, std::uint64_t value, bool old);
+  void set_l1_entry(std::uint32_t index, std::uint64_t offset, bool old);
   void place(std::uint32_t index, std::uint64_t offset);
+  void sort_by_offset(std::uint32_t first, std::uint32_t end);
   Copy* copy_of(std::uint32_t index) noexcept;
   [[nodiscard]] const Copy* copy_of(std::uint32_t index) const noexcept;
   Copy& make_copy(std::uint32_t index);
@@ -171,6 +183,11 @@ private:
   void free_l1() noexcept;
   static void apply(Copy& copy, std::uint32_t l2_index, std::uint64_t value) noexcept;
   void note_zeros(const ByteRange& range, bool zeros) noexcept;
+  [[nodiscard]] bool is_before(std::uint32_t left, std::uint32_t right) const noexcept {
+    return std::pair(l1_[left], left) < std::pair(l1_[right], right);
+  }
+  [[nodiscard]] std::pmr::vector<std::uint32_t>::const_iterator
+  first_table(const ByteRange& range) const noexcept;
   template <typename Function>
   void for_each_table(const ByteRange& range, Function function) const;
   void write_tables(const ByteRange& range, const EntryAt& entry_at) noexcept;
@@ -192,6 +209,8 @@ private:
   std::pmr::map<std::uint32_t, Copy> copies_;
   /// Some of them may have a `replaced`.
   bool any_replaced_ = false;
+  /// Some of them may have no work.
+  bool any_checked_ = false;
   /// Ranges written with zeros only: a new table there is known without being read.
   ByteRanges zeros_;
 };
