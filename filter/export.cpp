@@ -32,7 +32,7 @@ private:
   const std::shared_ptr<WriteCache> cache_;
 };
 
-/// What the background writers see of a verifier.
+/// What those who decode in the background see of a verifier.
 class Export::Decoding final : public Writeback::Source {
 public:
   explicit Decoding(std::shared_ptr<Verifier> verifier) noexcept : verifier_(std::move(verifier)) {}
@@ -110,21 +110,23 @@ void Export::add_verifier(Entry& entry, const Capabilities& capabilities) {
   settings.patience = settings_.patience;
   settings.counters = entry.cache->counters();
   settings.report = [this](const std::string& line) { settings_.report_damage(name_, line); };
-  if (settings_.writeback != nullptr) {
-    settings.wake = [writeback = settings_.writeback, self](std::size_t waiting) {
+  if (settings_.decoders != nullptr) {
+    settings.wake = [decoders = settings_.decoders, self](std::size_t waiting) {
       if (const std::shared_ptr<Writeback::Source> decoding = self->lock())
-        writeback->wake(decoding, waiting);
+        decoders->wake(decoding, waiting);
     };
   }
   settings.decompressors = settings_.decompressors;
+  settings.memory = settings_.verify_memory;
+  settings.interrupted = settings_.interrupted;
   if (capabilities.can_multi_conn)
     settings.left = left_;
   entry.verifier = std::make_shared<Verifier>(std::move(settings), budget_);
-  if (settings_.writeback != nullptr) {
+  if (settings_.decoders != nullptr) {
     const auto decoding = std::make_shared<Decoding>(entry.verifier);
     *self = decoding;
     entry.decoding = decoding;
-    settings_.writeback->add(decoding);
+    settings_.decoders->add(decoding);
   }
   if (capabilities.can_multi_conn)
     left_ = {}; // the verifier's from here on, until it is removed
@@ -132,7 +134,7 @@ void Export::add_verifier(Entry& entry, const Capabilities& capabilities) {
 
 void Export::remove_verifier(Entry& entry) {
   if (const std::shared_ptr<Writeback::Source> decoding = entry.decoding.lock())
-    settings_.writeback->remove(decoding);
+    settings_.decoders->remove(decoding);
   // Storage that does not share its cache may be another disk for the next connection.
   if (entry.verifier && entry.cache == shared_cache_)
     left_ = entry.verifier->left();

@@ -47,10 +47,17 @@ public:
     std::chrono::milliseconds patience{0};
     /// Tells the operator of a cluster that cannot be read. Must not throw.
     std::function<void(const std::string& export_name, const std::string& line)> report_damage = {};
+    /// Those who decode compressed clusters in the background, which outlive the export, too: never
+    /// the writers, who must not wait for a client's streams. nullptr: nobody does.
+    Writeback* decoders = nullptr;
+    /// As in `Verifier::Settings`.
+    std::function<bool()> interrupted = {};
     /// As in `WriteCache::Settings`.
     std::chrono::milliseconds retry = WriteCache::Settings().retry;
     /// Who decodes compressed clusters, for all exports.
     std::shared_ptr<DecompressorPool> decompressors = std::make_shared<DecompressorPool>();
+    /// The verifiers' memory, for all exports.
+    std::shared_ptr<MemoryShare> verify_memory = Verifier::usual_memory();
   };
 
   /// The budget outlives the export. `left` is what is known of its clusters from earlier.

@@ -70,6 +70,12 @@ std::chrono::milliseconds patience(int thread_model) {
   return std::chrono::seconds(thread_model == NBDKIT_THREAD_MODEL_PARALLEL ? 2 : 0);
 }
 
+/// Whether the client that the calling thread serves, if any, is gone, or the server ends: nbdkit
+/// sleeps for nobody then. It says so in a line of its own.
+bool nobody_waits() {
+  return nbdkit_nanosleep(0, 1) == -1;
+}
+
 /// The same storage, whose writes are read back; the operator is told of each that differs.
 std::unique_ptr<Storage> read_back(std::unique_ptr<Storage> storage,
                                    const std::string& export_name) {
@@ -91,10 +97,11 @@ public:
   Server(const Parameters& parameters, int thread_model)
       : budget_(parameters.size()),
         writers_(thread_model == NBDKIT_THREAD_MODEL_PARALLEL ? parameters.writers() : 0),
-        writeback_([this] { follow_size(); }),
+        verifies_(parameters.verify() != Verify::off), writeback_([this] { follow_size(); }),
         exports_({parameters.cluster_size(), parameters.max_write(), parameters.expire(),
                   writers_ > 0 ? &writeback_ : nullptr, report_loss, &statistics_, events(),
-                  parameters.verify() != Verify::off, patience(thread_model), report_damage},
+                  verifies_, patience(thread_model), report_damage,
+                  writers_ > 0 ? &decoders_ : nullptr, nobody_waits},
                  budget_),
         stats_interval_(parameters.stats_interval()) {
     if (!parameters.size_file().empty()) {
@@ -112,6 +119,7 @@ public:
 
   void start() {
     writeback_.start(writers_);
+    decoders_.start(verifies_ ? writers_ : 0);
     if (stats_file_ && stats_interval_)
       stats_file_->start(*stats_interval_);
   }
@@ -119,6 +127,7 @@ public:
   /// Nothing is written after this; what is left is lost.
   void stop() {
     writeback_.stop();
+    decoders_.stop();
     exports_.report_left();
     if (stats_file_)
       stats_file_->stop();
@@ -169,7 +178,9 @@ private:
   /// nbdkit guards a plugin that is not parallel with locks that only its own threads hold, so
   /// background writers are for parallel ones only.
   const unsigned writers_;
+  const bool verifies_;
   Writeback writeback_;
+  Writeback decoders_;
   Exports exports_;
   const std::optional<std::chrono::seconds> stats_interval_;
   std::optional<StatsFile> stats_file_;
@@ -192,6 +203,8 @@ int errno_of(const char* what, Work work) noexcept {
   try {
     work();
     return 0;
+  } catch (const Verifier::Interrupted& end) {
+    return end.code().value(); // the check at the connection's end tells what it could not do
   } catch (const std::system_error& error) {
     nbdkit_error("qcowcache: %s: %s", what, error.what());
     return error.code().value() != 0 ? error.code().value() : EIO;
@@ -360,6 +373,8 @@ int filter_pwrite(nbdkit_next* /*next*/, void* handle, const void* buffer, std::
 Verifier::Outcome check(const Connection::InUse& in_use, const std::string& export_name) {
   try {
     return in_use.check();
+  } catch (const Verifier::Interrupted&) {
+    throw;
   } catch (const std::exception& error) {
     if (parameters.verify() == Verify::error)
       throw;
