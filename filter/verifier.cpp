@@ -76,10 +76,6 @@ private:
 
 } // namespace
 
-Verifier::Interrupted::Interrupted()
-    : std::system_error(ESHUTDOWN, std::generic_category(), "nobody waits for the check any more") {
-}
-
 Verifier::Interruption::Interruption(const std::function<bool()>& interrupted)
     : interrupted_(interrupted), asked_(std::chrono::steady_clock::now()) {}
 
@@ -629,7 +625,13 @@ Verifier::Left Verifier::left() const {
   return left;
 }
 
-void Verifier::report_unchecked(const std::string& why) const {
+void Verifier::report_unchecked(const std::string& why) {
+  {
+    const Lock lock(mutex_);
+    if (why == told_why_)
+      return;
+    told_why_ = why;
+  }
   settings_.report("compressed clusters could not be checked: " + why);
 }
 
@@ -654,6 +656,7 @@ Verifier::Outcome Verifier::check(Image& image) {
     cut_off_ = true;
     std::rethrow_exception(std::exchange(unread_, nullptr));
   }
+  told_why_.clear();
   return failures_.empty() && more_failures_ == 0 ? Outcome::clean : Outcome::damaged;
 }
 

@@ -11,6 +11,7 @@
 #include "statistics.hpp"
 
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -134,7 +135,10 @@ public:
   /// A check came to no end because nobody needs it. ESHUTDOWN.
   class Interrupted : public std::system_error {
   public:
-    Interrupted();
+    Interrupted() : std::system_error(ESHUTDOWN, std::generic_category()) {}
+    [[nodiscard]] const char* what() const noexcept override {
+      return "interrupted by the end of the server or of the connection";
+    }
   };
 
 private:
@@ -227,8 +231,9 @@ public:
   /// For the next verifier of the file: what could not be read, or was not looked at since an
   /// earlier verifier left it.
   [[nodiscard]] Left left() const;
-  /// Tells the operator, and nobody else is there to be told, that a check threw `why`.
-  void report_unchecked(const std::string& why) const;
+  /// Tells the operator, and nobody else is there to be told, that a check threw `why`; once, until
+  /// a check comes to its end.
+  void report_unchecked(const std::string& why);
 
 private:
   using Lock = std::unique_lock<std::mutex>;
@@ -405,6 +410,8 @@ private:
   std::exception_ptr unread_;
   /// The last check threw.
   bool cut_off_ = false;
+  /// What the operator was told of why.
+  std::string told_why_;
   /// It did not look at clusters that lie behind what its image could read.
   bool left_out_ = false;
   std::uint64_t round_ = 0;

@@ -828,7 +828,8 @@ TEST_CASE("patience ends, and what came too late is good in the next check", "[v
 }
 
 TEST_CASE("a stream that many entries name is decoded once", "[verifier]") {
-  Bench bench;
+  // With no memory one table is looked at after the other.
+  Bench bench({}, GENERATE(std::size_t{64} << 20U, std::size_t{0}));
   bench.create();
   const auto stream = deflated(compressible(cluster, 1));
   const bool is_good = GENERATE(true, false);
@@ -846,7 +847,7 @@ TEST_CASE("a stream that many entries name is decoded once", "[verifier]") {
   CHECK(bench.decodings() == 1);
   CHECK(bench.verifier.failing() == (is_good ? 0 : 512));
   CHECK(bench[Count::verified_deflate_clusters] == (is_good ? 512 : 0));
-  // In another table, and in one of which there is no copy, it is the same stream.
+  // In other tables it is the same stream.
   for (std::uint64_t i = 1; i < 4; ++i)
     bench.write(l1_at + i * 8, number(other_at + i * cluster));
   bench.write(other_at + cluster, table);
@@ -857,7 +858,7 @@ TEST_CASE("a stream that many entries name is decoded once", "[verifier]") {
   if (!is_good) {
     bench.write(data_at, stream);
     CHECK(bench.check() == Outcome::clean);
-    CHECK(bench.decodings() == 3);
+    CHECK(bench.decodings() <= 4); // when it arrived, and, with no memory for that, once more
     CHECK(bench.verifier.failing() == 0);
   }
 }
@@ -1052,7 +1053,7 @@ TEST_CASE("streams that wait to be decoded do not hold up the end", "[verifier]"
 }
 
 TEST_CASE("a check that waits ends when nobody needs it", "[verifier]") {
-  Bench bench(std::chrono::hours(1));
+  Bench bench(std::chrono::seconds(60));
   bench.create();
   const auto stream = deflated(compressible(cluster, 1));
   std::atomic<unsigned> interrupted = 0;
