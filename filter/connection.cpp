@@ -59,7 +59,7 @@ void Connection::drain() noexcept {
       // What is left is found, and reported, by whoever looks at the cache next.
     }
   };
-  const bool unchecked = membership_.verifier && membership_.verifier->has_work();
+  const bool unchecked = membership_.verifier && membership_.verifier->has_work_at_end();
   if (!capabilities().can_write || (membership_.cache->clean() && !unchecked))
     return;
   // Filters that sleep refuse to do so in a thread that serves a client once the client is gone.

@@ -119,6 +119,7 @@ void Export::add_verifier(Entry& entry, const Capabilities& capabilities) {
   settings.decompressors = settings_.decompressors;
   settings.memory = settings_.verify_memory;
   settings.interrupted = settings_.interrupted;
+  settings.everything = settings_.verify_everything;
   if (capabilities.can_multi_conn)
     settings.left = left_;
   entry.verifier = std::make_shared<Verifier>(std::move(settings), budget_);

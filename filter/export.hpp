@@ -52,6 +52,7 @@ public:
     Writeback* decoders = nullptr;
     /// As in `Verifier::Settings`.
     std::function<bool()> interrupted = {};
+    bool verify_everything = false;
     /// As in `WriteCache::Settings`.
     std::chrono::milliseconds retry = WriteCache::Settings().retry;
     /// Who decodes compressed clusters, for all exports.

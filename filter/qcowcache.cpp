@@ -101,7 +101,8 @@ public:
         exports_({parameters.cluster_size(), parameters.max_write(), parameters.expire(),
                   writers_ > 0 ? &writeback_ : nullptr, report_loss, &statistics_, events(),
                   verifies_, patience(thread_model), report_damage,
-                  writers_ > 0 ? &decoders_ : nullptr, nobody_waits},
+                  writers_ > 0 ? &decoders_ : nullptr, nobody_waits,
+                  parameters.verify() == Verify::all},
                  budget_),
         stats_interval_(parameters.stats_interval()) {
     if (!parameters.size_file().empty()) {
@@ -333,7 +334,8 @@ int filter_block_size(nbdkit_next* /*next*/, void* handle, std::uint32_t* minimu
 }
 
 int filter_can_flush(nbdkit_next* /*next*/, void* handle) {
-  return connection_of(handle).capabilities().can_write ? 1 : 0;
+  // A flush of what nobody can write is a question for the image, where all of it is checked.
+  return connection_of(handle).capabilities().can_write || parameters.verify() == Verify::all;
 }
 
 int filter_can_fua(nbdkit_next* /*next*/, void* handle) {
@@ -368,6 +370,10 @@ int filter_pwrite(nbdkit_next* /*next*/, void* handle, const void* buffer, std::
   });
 }
 
+bool damage_fails_a_flush() {
+  return parameters.verify() == Verify::error || parameters.verify() == Verify::all;
+}
+
 /// What cannot be checked because storage cannot be read is no better than damage, and worth no
 /// more than a warning where damage is not.
 Verifier::Outcome check(const Connection::InUse& in_use, const std::string& export_name) {
@@ -376,7 +382,7 @@ Verifier::Outcome check(const Connection::InUse& in_use, const std::string& expo
   } catch (const Verifier::Interrupted&) {
     throw;
   } catch (const std::exception& error) {
-    if (parameters.verify() == Verify::error)
+    if (damage_fails_a_flush())
       throw;
     report_damage(export_name,
                   std::string("compressed clusters could not be checked: ") + error.what());
@@ -391,7 +397,7 @@ int filter_flush(nbdkit_next* /*next*/, void* handle, std::uint32_t /*flags*/, i
     const Connection::InUse in_use = connection.in_use();
     in_use.cache.flush(in_use.use.storage());
     if (check(in_use, connection.export_name()) == Verifier::Outcome::damaged &&
-        parameters.verify() == Verify::error)
+        damage_fails_a_flush())
       throw std::system_error(EIO, std::generic_category(),
                               "export \"" + printable(connection.export_name()) +
                                   "\": " + std::to_string(in_use.verifier->failing()) +

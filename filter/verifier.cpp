@@ -28,6 +28,26 @@ constexpr unsigned most_tries = 3;
 /// Tables that may turn out to be named once more.
 constexpr std::size_t most_looked = 2048;
 constexpr std::chrono::milliseconds between_questions{10};
+constexpr std::size_t most_rewritten = 4096;
+
+/// The ranges with the smallest gaps between them made one, so that no more than half are left.
+ByteRanges coarser(const ByteRanges& ranges) {
+  ByteRanges result = ranges;
+  for (std::uint64_t gap = worth_reading_over; result.count() > ranges.count() / 2; gap *= 2) {
+    ByteRanges merged;
+    ByteRange last = *result.begin();
+    for (const ByteRange& range : result) {
+      if (range.begin > last.end && range.begin - last.end > gap) {
+        merged.add(last);
+        last.begin = range.begin;
+      }
+      last.end = range.end;
+    }
+    merged.add(last);
+    result = std::move(merged);
+  }
+  return result;
+}
 
 /// Reads a part of the image, with zeros for what lies past its end.
 void read_padded(Verifier::Image& image, std::uint64_t offset, std::span<std::byte> data) {
@@ -55,11 +75,6 @@ std::optional<Header> known_header(Verifier::Image& image) {
   if (header && header->unknown_features)
     header.reset();
   return header;
-}
-
-/// What an entry says is its cluster's: what the file does not have of it yet may come.
-ByteRange claimed(const qcow2::CompressedCluster& cluster) {
-  return {cluster.offset, cluster.offset + cluster.length};
 }
 
 /// The lock's mutex is free while this lives.
@@ -223,6 +238,7 @@ Verifier::Progress Verifier::end_progress(const Lock& lock, InProgress::iterator
   outdate(lock, range);
   header_stale_ = header_stale_ || range.begin < qcow2::header_bytes;
   tables_changed_ = tables_changed_ || header_stale_ || tables_.is_table(range);
+  note_rewritten(lock, range);
   arrived(lock, range);
   changed_.notify_all();
   return ended;
@@ -401,7 +417,7 @@ void Verifier::open(Lock& lock, Image& image) {
         }
         tables_.l1_entries(
             static_cast<std::uint32_t>((rest.begin - l1.begin) / qcow2::l1_entry_size), bytes,
-            !settings_.left.more);
+            !settings_.left.more && !settings_.everything);
         rest.begin += bytes.size();
       }
       tables_.end_reading_l1();
@@ -604,9 +620,15 @@ bool Verifier::has_work() const {
   return has_work(Lock(mutex_));
 }
 
-bool Verifier::has_work(const Lock& /*lock*/) const {
-  const bool to_open = !opened_ && !settings_.left.empty();
-  return to_open || header_stale_ || tables_.has_work() || !failures_.empty() || more_failures_ > 0;
+bool Verifier::has_work_at_end() const {
+  const Lock lock(mutex_);
+  return has_work(lock) && (opened_ || !settings_.left.empty());
+}
+
+bool Verifier::has_work(const Lock& lock) const {
+  const bool to_open = !opened_ && (!settings_.left.empty() || settings_.everything);
+  return to_open || header_stale_ || tables_.has_work() || !failures_.empty() ||
+         more_failures_ > 0 || has_rewritten(lock);
 }
 
 std::size_t Verifier::failing() const {
@@ -619,7 +641,7 @@ Verifier::Left Verifier::left() const {
   if (round_ == 0)
     return settings_.left;
   Left left;
-  left.more = more_failures_ > 0 || cut_off_ || left_out_;
+  left.more = more_failures_ > 0 || cut_off_ || left_out_ || has_rewritten(lock);
   for (const auto& [place, failure] : failures_)
     left.failing.push_back({place.first, place.second, failure.value});
   return left;
@@ -670,10 +692,14 @@ void Verifier::look(Lock& lock, Image& image) {
   refresh_header(lock, image);
   if (tables_.header()) {
     refresh_l1(lock, image);
+    renew(lock, image);
     refresh_tables(lock, image);
     look_at_unchecked(lock, image);
     if (tables_.lost() && tables_.has_work())
       look_at_everything(lock, image);
+  } else {
+    rewritten_.clear();
+    renewing_.clear();
   }
   // Entries that are gone, or stand for something else now, fail no more.
   std::erase_if(failures_, [this](const auto& item) { return item.second.round != round_; });
@@ -723,6 +749,72 @@ void Verifier::refresh_l1(Lock& lock, Image& image) {
   }
 }
 
+/// Something that entries may name was changed.
+void Verifier::note_rewritten(const Lock& /*lock*/, const ByteRange& range) noexcept {
+  if (range.empty() || tables_.lost() || !(tables_.header() || header_stale_))
+    return;
+  try {
+    rewritten_.add(range);
+    if (rewritten_.count() > most_rewritten)
+      rewritten_ = coarser(rewritten_);
+  } catch (const std::bad_alloc&) {
+    const ByteRange hull = rewritten_.empty() ? range : rewritten_.hull();
+    rewritten_.clear(); // one range takes no memory
+    rewritten_.add({std::min(hull.begin, range.begin), std::max(hull.end, range.end)});
+  }
+}
+
+bool Verifier::has_rewritten(const Lock& /*lock*/) const noexcept {
+  return tables_.header() && !tables_.lost() && !(rewritten_.empty() && renewing_.empty());
+}
+
+/// Entries that name what was written, zeroed or trimmed are new again.
+void Verifier::renew(Lock& lock, Image& image) {
+  renewing_.add(rewritten_);
+  rewritten_.clear();
+  std::vector<std::byte> table;
+  bool all = true;
+  for (auto index = tables_.named_from(0, renewing_); index;
+       index = tables_.named_from(*index + 1, renewing_)) {
+    if (tables_.has_copy(*index)) {
+      tables_.renew(*index, renewing_);
+    } else {
+      table.resize(tables_.header()->cluster_size());
+      all = renew_unread(lock, image, *index, table) && all;
+    }
+    confirm(lock);
+  }
+  if (all || tables_.lost())
+    renewing_.clear();
+}
+
+/// The same for a table that has to be read, into `table`. Returns false when it cannot be seen.
+bool Verifier::renew_unread(Lock& lock, Image& image, std::uint32_t index,
+                            std::span<std::byte> table) {
+  const std::uint64_t offset = tables_.table_offset(index);
+  if (!sees(image, {offset, offset + table.size()})) {
+    left_out_ = true;
+    return false;
+  }
+  read_table(lock, image, offset, table);
+  const auto is_unread = [&] {
+    return tables_.has_table(index) && tables_.table_offset(index) == offset &&
+           tables_.is_unread(index);
+  };
+  if (is_unread()) {
+    tables_.note_content(index, table);
+    if (tables_.names(table, renewing_)) {
+      tables_.load_checked(index, table);
+      if (is_unread())
+        tables_.changed({offset, offset + 1}); // without a copy all of its entries are looked at
+    }
+  }
+  // Or whoever changed it meanwhile has made one.
+  if (tables_.has_copy(index))
+    tables_.renew(index, renewing_);
+  return true;
+}
+
 void Verifier::refresh_tables(Lock& lock, Image& image) {
   std::vector<std::byte> table(tables_.header()->cluster_size());
   for (std::optional<std::uint32_t> index = tables_.stale_from(0); index;
@@ -760,8 +852,11 @@ void Verifier::refresh_table(Lock& lock, Image& image, std::uint32_t index,
   }
   note_table(lock, offset);
   read_table(lock, image, offset, table);
-  if (again || !tables_.load(index, table))
-    tables_.looked_at_all(index, look_at_table(lock, image, index, offset, table) == 0);
+  if (again || !tables_.load(index, table)) {
+    const std::size_t failed = look_at_table(lock, image, index, offset, table);
+    tables_.note_content(index, table);
+    tables_.looked_at_all(index, failed == 0);
+  }
 }
 
 void Verifier::look_at_unchecked(Lock& lock, Image& image) {
@@ -898,7 +993,7 @@ void Verifier::look_at(Lock& lock, Image& image, std::span<const Entry> entries,
   std::vector<Candidate> candidates;
   for (const Entry& entry : entries) {
     const qcow2::CompressedCluster cluster = qcow2::compressed_cluster(entry.value, header);
-    const ByteRange data = claimed(cluster).intersection(whole);
+    const ByteRange data = cluster.range().intersection(whole);
     const std::uint32_t remembered = streams_.size_at(cluster.offset);
     const auto known = failures_.find({entry.l1_index, entry.l2_index});
     if (remembered > 0 && remembered <= data.size()) {
@@ -956,7 +1051,7 @@ void Verifier::read_and_decode(Lock& lock, Image& image, std::span<const Candida
 
   watched_ = all;
   for (const Candidate& candidate : candidates)
-    watched_.end = std::max(watched_.end, claimed(candidate.cluster).end);
+    watched_.end = std::max(watched_.end, candidate.cluster.range().end);
   written_while_watched_.clear();
   std::vector<Decoding> decodings(candidates.size());
   try {
@@ -1005,7 +1100,7 @@ void Verifier::read_and_decode(Lock& lock, Image& image, std::span<const Candida
 
   for (std::size_t i = 0; i < candidates.size(); ++i) {
     const Candidate& candidate = candidates[i];
-    const bool touched = written_while_watched_.overlaps(claimed(candidate.cluster));
+    const bool touched = written_while_watched_.overlaps(candidate.cluster.range());
     if (!touched)
       verdicts_.note(candidate.cluster, candidate.data.end, decodings[i]);
     if (!decodings[i].whole())
@@ -1055,7 +1150,7 @@ void Verifier::bad(const Lock& /*lock*/, const Candidate& candidate, const char*
   // Reasons are constants, of which each decoder has one copy.
   failure.reported = same && failure.reported && failure.reason == reason;
   failure.value = candidate.entry.value;
-  failure.data = claimed(candidate.cluster);
+  failure.data = candidate.cluster.range();
   failure.end = candidate.data.end;
   failure.reason = reason;
   failure.round = round_;

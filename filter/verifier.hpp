@@ -45,9 +45,10 @@ namespace qcowcache {
 ///   for the first time its old content is read once, since its entries are not new. The header is
 ///   looked at in each check after a write to it.
 /// - A check goes through the new entries. One whose stream is remembered is good; others are read,
-///   through the cache, and decoded. What was good is not looked at again. What was not stays new,
-///   so that every later check fails, too, until it is repaired; it is decoded again only when
-///   something was written there.
+///   through the cache, and decoded. What was good is not looked at again before bytes that it
+///   names are written, zeroed or trimmed: then it is new again, in whatever table it stands. What
+///   was not good stays new, so that every later check fails, too, until it is repaired; it is
+///   decoded again only when something was written there.
 ///
 /// QEMU publishes an entry before its data has arrived when many requests are in flight. So no
 /// write is ever looked at for what is missing, held back or refused; and a check that finds
@@ -65,9 +66,10 @@ namespace qcowcache {
 /// Copies of tables, remembered streams and data that waits to be decoded count in the memory
 /// budget, up to an eighth of it for all verifiers together; with less, more is read again. Nothing
 /// here fails a request but a check: should memory be lacking even to keep track, all tables are
-/// looked at in the next one. Beside that a verifier remembers up to 256 failures (50 KiB); a
-/// change of a table for the first time needs a cluster, and a check up to 1 MiB, a table, and 1
-/// MiB or two clusters, while they last.
+/// looked at in the next one. Beside that a verifier remembers up to 256 failures (50 KiB), and
+/// 4096 ranges that were changed (64 KiB, and twice that in a check; of more the closest become
+/// one); a change of a table for the first time needs a cluster, and a check up to 1 MiB, a table,
+/// and 1 MiB or two clusters, while they last.
 ///
 /// Thread safe. Calls the image with no mutex held but that of checks.
 class Verifier {
@@ -114,6 +116,8 @@ public:
     std::function<void(std::size_t waiting)> wake;
     /// What an earlier verifier of this file left.
     Left left;
+    /// The first check looks at all that the image has, changed or not.
+    bool everything = false;
     /// Who decodes; for all verifiers of the server. Not null.
     std::shared_ptr<DecompressorPool> decompressors = std::make_shared<DecompressorPool>();
     /// Their memory. Not null.
@@ -210,6 +214,8 @@ public:
   Outcome check(Image& image);
   /// Whether a check has anything to do, or would fail.
   [[nodiscard]] bool has_work() const;
+  /// Whether one is needed at the end of a connection: nobody asked for a look at everything then.
+  [[nodiscard]] bool has_work_at_end() const;
   /// Others changed the range. What they did before the first change here counts as old, and is for
   /// their own verifier to look at.
   void forget(const ByteRange& range) noexcept;
@@ -342,7 +348,11 @@ private:
   [[nodiscard]] bool being_changed(const Lock&, const ByteRange& range) const;
   void forget_looked(const Lock&, const ByteRange& range) noexcept;
   void note_table(const Lock&, std::uint64_t offset);
+  void note_rewritten(const Lock&, const ByteRange& range) noexcept;
+  [[nodiscard]] bool has_rewritten(const Lock&) const noexcept;
   void look(Lock& lock, Image& image);
+  void renew(Lock& lock, Image& image);
+  bool renew_unread(Lock& lock, Image& image, std::uint32_t index, std::span<std::byte> table);
   void refresh_header(Lock& lock, Image& image);
   void refresh_l1(Lock& lock, Image& image);
   void refresh_tables(Lock& lock, Image& image);
@@ -395,6 +405,10 @@ private:
   Jobs jobs_;
   std::uint64_t last_job_ = 0;
   std::size_t waiting_ = 0;
+  /// What was changed since the last check began, and what that one has still to look for: entries
+  /// that name bytes in there are new again.
+  ByteRanges rewritten_;
+  ByteRanges renewing_;
   /// What a check has read and is decoding, and where others have written meanwhile.
   ByteRange watched_;
   ByteRanges written_while_watched_;

@@ -40,6 +40,7 @@ void TableFollower::clear() noexcept {
   lost_touched_ = false;
   learning_ = false;
   l1_.clear();
+  named_.clear();
   by_offset_.clear();
   copies_.clear();
 }
@@ -58,6 +59,7 @@ void TableFollower::begin_looking_at_everything() noexcept {
   lost_touched_ = false;
   learning_ = false;
   l1_.clear();
+  named_.clear();
   by_offset_.clear();
   try {
     make_l1();
@@ -118,6 +120,7 @@ void TableFollower::l1_entries(std::uint32_t first, std::span<const std::byte> b
     for (std::uint32_t index = first; moved > 0 && index < first + count; ++index) {
       if (!differs(index))
         continue;
+      named_[index] = {};
       set_l1_entry(index, offset_of(index), old);
       if (moved > few)
         l1_[index] = offset_of(index);
@@ -138,6 +141,7 @@ void TableFollower::end_reading_l1() noexcept {
     std::erase_if(by_offset_, [entries](std::uint32_t index) { return index >= entries; });
     copies_.erase(copies_.lower_bound(entries), copies_.end());
     l1_.resize(entries);
+    named_.resize(entries);
   }
   l1_stale_ = l1_touched_;
   l1_touched_ = false;
@@ -165,6 +169,7 @@ void TableFollower::set_l1_entry(std::uint32_t index, std::uint64_t offset, bool
         copy.unchecked_count = 0;
         copy.stale = false;
         any_checked_ = true;
+        named_[index] = Extent::none();
       }
     }
   }
@@ -192,8 +197,9 @@ auto TableFollower::with_room(std::size_t bytes, Allocate allocate) {
 /// Makes room for all entries of the L1 table, here and in their order. Throws std::bad_alloc.
 void TableFollower::make_l1() {
   const std::size_t entries = header_->l1.entries;
-  with_room(entries * (sizeof l1_[0] + sizeof by_offset_[0]), [this, entries] {
+  with_room(entries * (sizeof l1_[0] + sizeof named_[0] + sizeof by_offset_[0]), [this, entries] {
     by_offset_.reserve(entries);
+    named_.resize(entries);
     l1_.resize(entries);
   });
 }
@@ -201,6 +207,7 @@ void TableFollower::make_l1() {
 /// Without keeping their memory for later, which others can use.
 void TableFollower::free_l1() noexcept {
   decltype(l1_)(memory_).swap(l1_);
+  decltype(named_)(memory_).swap(named_);
   decltype(by_offset_)(memory_).swap(by_offset_);
 }
 
@@ -286,6 +293,63 @@ void TableFollower::apply(Copy& copy, std::uint32_t l2_index, std::uint64_t valu
   word = entry != 0 ? word | bit : word & ~bit;
 }
 
+void TableFollower::Extent::extend(const CompressedCluster& cluster) noexcept {
+  constexpr unsigned unit = 20;
+  const auto in_units = [](std::uint64_t at) {
+    return static_cast<std::uint32_t>(std::min<std::uint64_t>(at >> unit, UINT32_MAX));
+  };
+  first = std::min(first, in_units(cluster.offset));
+  last = std::max(last, in_units(cluster.offset + cluster.length - 1));
+}
+
+ByteRange TableFollower::Extent::bytes() const noexcept {
+  constexpr unsigned unit = 20;
+  return {std::uint64_t{first} << unit,
+          last == UINT32_MAX ? UINT64_MAX : (std::uint64_t{last} + 1) << unit};
+}
+
+void TableFollower::note_content(std::uint32_t l1_index,
+                                 std::span<const std::byte> table) noexcept {
+  if (lost_ || l1_index >= l1_.size())
+    return;
+  named_[l1_index] = Extent::none();
+  for (std::uint32_t i = 0; i < header_->l2_entries(); ++i) {
+    const std::uint64_t value = l2_entry(table, i, *header_);
+    if (is_compressed(value))
+      named_[l1_index].extend(compressed_cluster(value, *header_));
+  }
+}
+
+std::optional<std::uint32_t> TableFollower::named_from(std::uint32_t l1_index,
+                                                       const ByteRanges& ranges) const noexcept {
+  if (lost_)
+    return std::nullopt;
+  for (std::uint32_t index = l1_index; index < l1_.size(); ++index) {
+    if (l1_[index] != 0 && ranges.overlaps(named_[index].bytes()) &&
+        (is_unread(index) || has_copy(index)))
+      return index;
+  }
+  return std::nullopt;
+}
+
+void TableFollower::renew(std::uint32_t l1_index, const ByteRanges& ranges) noexcept {
+  const Copy& copy = *copy_of(l1_index);
+  for (std::uint32_t i = 0; i < copy.entries.size(); ++i) {
+    const std::uint64_t value = copy.entries[i];
+    if (value != 0 && ranges.overlaps(compressed_cluster(value, *header_).range()))
+      uncheck({l1_index, i, value});
+  }
+}
+
+bool TableFollower::names(std::span<const std::byte> table, const ByteRanges& ranges) const {
+  for (std::uint32_t i = 0; i < header_->l2_entries(); ++i) {
+    const std::uint64_t value = l2_entry(table, i, *header_);
+    if (is_compressed(value) && ranges.overlaps(compressed_cluster(value, *header_).range()))
+      return true;
+  }
+  return false;
+}
+
 void TableFollower::load_checked(std::uint32_t l1_index,
                                  std::span<const std::byte> table) noexcept {
   if (lost_ || l1_index >= l1_.size() || l1_[l1_index] == 0)
@@ -302,6 +366,8 @@ void TableFollower::load_checked(std::uint32_t l1_index,
         copy.entries[i] = is_compressed(value) ? value : 0;
       }
     }
+    if (is_new) // else it is what stood here before
+      note_content(l1_index, table);
     copy.stale = stale;
     any_checked_ = true;
     if (copy.entries.empty() && !stale)
@@ -348,6 +414,7 @@ bool TableFollower::load(std::uint32_t l1_index, std::span<const std::byte> tabl
     return true;
   if (!allocate(*copy))
     return false;
+  note_content(l1_index, table);
   for (std::uint32_t i = 0; i < copy->entries.size(); ++i)
     apply(*copy, i, l2_entry(table, i, *header_));
   copy->replaced = 0;
@@ -463,10 +530,15 @@ void TableFollower::write_tables(const ByteRange& range, const EntryAt& entry_at
       if (copy.stale || copy.entries.empty() || !whole_entries || !entry_at) {
         copy.stale = true;
         copy.touched = true;
+        named_[index] = {};
         return;
       }
-      for (std::uint64_t at = part.begin; at < part.end; at += entry_size)
-        apply(copy, static_cast<std::uint32_t>((at - offset) / entry_size), entry_at(at));
+      for (std::uint64_t at = part.begin; at < part.end; at += entry_size) {
+        const std::uint64_t value = entry_at(at);
+        if (is_compressed(value))
+          named_[index].extend(compressed_cluster(value, *header_));
+        apply(copy, static_cast<std::uint32_t>((at - offset) / entry_size), value);
+      }
       any_checked_ = true;
     });
   } catch (const std::bad_alloc&) {

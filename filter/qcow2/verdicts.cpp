@@ -5,12 +5,6 @@
 
 namespace qcowcache::qcow2 {
 
-namespace {
-ByteRange claimed(const CompressedCluster& cluster) noexcept {
-  return {cluster.offset, cluster.offset + cluster.length};
-}
-} // namespace
-
 std::size_t Verdicts::place(std::uint64_t offset, std::uint32_t length) noexcept {
   const std::uint64_t mixed = (offset ^ std::uint64_t{length} << 40U) * 0x9e3779b97f4a7c15U;
   return static_cast<std::size_t>(mixed >> 40U) % places;
@@ -41,7 +35,7 @@ void Verdicts::note(const CompressedCluster& cluster, std::uint64_t end,
     return;
   }
   noted_[place(cluster.offset, decoding.whole() ? 0 : cluster.length)] = {cluster, end, decoding};
-  const ByteRange range = claimed(cluster);
+  const ByteRange range = cluster.range();
   hull_ = hull_.empty()
               ? range
               : ByteRange{std::min(hull_.begin, range.begin), std::max(hull_.end, range.end)};
@@ -51,7 +45,7 @@ void Verdicts::forget(const ByteRange& range) noexcept {
   if (!hull_.overlaps(range)) // as with most writes
     return;
   for (Noted& each : noted_) {
-    if (claimed(each.cluster).overlaps(range))
+    if (each.cluster.range().overlaps(range))
       each = {};
   }
 }

@@ -406,7 +406,7 @@ TEST_CASE("others are asked for room, and told how much", "[table_follower]") {
   CHECK(follower.lost());
   REQUIRE(asked.size() == 3);
   CHECK(asked.front() >= 4 * sizeof(std::uint64_t));
-  CHECK(asked.front() <= 4 * 16);
+  CHECK(asked.front() <= 4 * 24);
 }
 
 TEST_CASE("tables that are checked make room for others", "[table_follower]") {

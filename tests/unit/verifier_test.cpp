@@ -339,6 +339,136 @@ TEST_CASE("each kind of damage is found, with its reason", "[verifier]") {
   CHECK(says(bench.reported, reason));
 }
 
+TEST_CASE("an entry is new again when bytes that it names are changed", "[verifier]") {
+  const auto compression = GENERATE(Compression::deflate, Compression::zstd);
+  Bench bench;
+  bench.create(compression);
+  const auto stream = compressed(compression, compressible(cluster, 1));
+  REQUIRE(stream.size() > 700);
+  const auto change = [&](const ByteRange& range, unsigned how) {
+    Verifier::Change begun(&bench.verifier, bench.image, range);
+    const std::vector<std::byte> zeros(range.size());
+    bench.image.store(range.begin, how == 1 ? zeros : pattern(range.size(), 1));
+    if (how == 0)
+      begun.wrote(pattern(range.size(), 1));
+    else if (how == 1)
+      begun.zeroed();
+    // Else trimmed, or a write that failed: nobody knows.
+  };
+  const unsigned how = GENERATE(0U, 1U, 2U);
+  bench.write(data_at, stream);
+  bench.publish(3, entry_of(data_at, stream.size()));
+  CHECK(bench.check() == Outcome::clean);
+  SECTION("in a table that is in memory") {}
+  SECTION("in one that is not") {
+    bench.budget.set_limit(0);
+    bench.verifier.shrink();
+    bench.budget.set_limit(64U << 20U);
+  }
+  SECTION("in one of which nothing but its place has ever been known") {
+    Opened opened;
+    opened.image.bytes = bench.image.bytes;
+    Verifier another(opened.settings({}), opened.budget);
+    {
+      Verifier::Change begun(&another, opened.image, {data_at, data_at + 50});
+      opened.image.store(data_at, pattern(50, 1));
+      begun.wrote(pattern(50, 1));
+    }
+    CHECK(another.has_work());
+    CHECK(another.check(opened.image) == Outcome::damaged);
+    CHECK(another.failing() == 1);
+  }
+  SECTION("where there is no memory for tables") {
+    bench.budget.set_limit(0);
+    bench.verifier.shrink();
+  }
+  // What lies beside it is none of its business.
+  change({data_at - 100, data_at}, how);
+  change({data_at + 8 * cluster, data_at + 9 * cluster}, how);
+  CHECK(bench.check() == Outcome::clean);
+  CHECK(bench.reported.empty());
+  change({data_at, data_at + 100}, how);
+  CHECK(bench.verifier.has_work());
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench.verifier.failing() == 1);
+  CHECK(says(bench.reported, "guest offset " + std::to_string(3 * cluster)));
+  bench.write(data_at, stream);
+  CHECK(bench.check() == Outcome::clean);
+}
+
+TEST_CASE("what a check had no time for is new again for the next one, too", "[verifier]") {
+  Opened bench;
+  const auto stream = deflated(compressible(cluster, 1));
+  bench.image.store(data_at, stream);
+  bench.publish(3, entry_of(data_at, stream.size()));
+  CHECK(bench.check() == Outcome::clean);
+  bench.add_table(other_at); // none is in memory
+  bench.write(data_at, pattern(100, 1));
+  SECTION("when its table cannot be read") {
+    bench.image.unreadable = {l2_at, l2_at + cluster};
+    CHECK_THROWS_AS(bench.check(), std::system_error);
+    CHECK(bench.verifier.has_work());
+    CHECK(bench.verifier.left().more);
+    bench.image.unreadable = {};
+  }
+  SECTION("when its table cannot be seen") {
+    bench.image.seen = l2_at;
+    CHECK(bench.check() == Outcome::clean);
+    CHECK(bench.verifier.has_work());
+    CHECK(bench.verifier.left().more);
+    bench.image.seen.reset();
+  }
+  SECTION("when it changes while its table is read") {
+    bench.image.meeting = {{l2_at, l2_at + cluster}, {}, [&] { bench.publish(9, 0); }};
+  }
+  CHECK(bench.check() == Outcome::damaged);
+}
+
+TEST_CASE("many scattered changes are noted about where they are", "[verifier]") {
+  Bench bench;
+  bench.image.bytes.resize(2 * image_size);
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  const std::uint64_t far = 2 * image_size - 2 * cluster;
+  bench.write(far, stream);
+  bench.publish(3, entry_of(far, stream.size()));
+  CHECK(bench.check() == Outcome::clean);
+  const auto scatter = [&] {
+    for (std::uint64_t i = 0; i < 9000; ++i)
+      bench.write(data_at + i * 512, pattern(10, 1));
+  };
+  scatter();
+  CHECK(bench.check() == Outcome::clean);
+  CHECK(bench[Count::verified_deflate_clusters] == 1);
+  bench.write(far, pattern(100, 1));
+  scatter();
+  CHECK(bench.check() == Outcome::damaged);
+}
+
+TEST_CASE("all entries are checked on demand, also those that were there before", "[verifier]") {
+  Bench made;
+  made.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  made.image.store(data_at, stream);
+  made.publish(3, entry_of(data_at, stream.size()));
+  const bool damaged = GENERATE(true, false);
+  if (damaged)
+    made.publish(4, bad_entry + cluster);
+  Verifier::Settings settings = made.settings({});
+  settings.everything = true;
+  Verifier verifier(settings, made.budget);
+  CHECK(verifier.has_work());
+  const Outcome expected = damaged ? Outcome::damaged : Outcome::clean;
+  CHECK(verifier.check(made.image) == expected); // without a change
+  CHECK(made[Count::verified_deflate_clusters] == 1);
+  made.image.reads = 0;
+  CHECK(verifier.check(made.image) == expected);
+  CHECK(made.image.reads == 0);
+  CHECK(verifier.has_work() == damaged);
+  // Nor is it left to somebody else to look at everything once more.
+  CHECK_FALSE(verifier.left().more);
+}
+
 TEST_CASE("a cluster whose last sector reaches past the end of the file is good", "[verifier]") {
   Bench bench;
   bench.create();
