@@ -74,7 +74,7 @@ void Connection::drain() noexcept {
       // What is left is found, and reported, by whoever looks at the cache next.
     }
   };
-  const bool unchecked = image.verifier() != nullptr && image.verifier()->has_work();
+  const bool unchecked = image.verifier() != nullptr && image.verifier()->has_work_at_end();
   if (!capabilities().can_write || (image.cache().clean() && !unchecked))
     return;
   // Filters that sleep refuse to do so in a thread that serves a client once the client is gone.

@@ -2,6 +2,7 @@
 
 #include "memory_budget.hpp"
 
+#include <atomic>
 #include <cstddef>
 #include <memory>
 #include <memory_resource>
@@ -9,23 +10,47 @@
 
 namespace qcowcache {
 
-/// Memory for containers that counts in the budget, piece by piece as it is needed, and is no more
-/// than one `share`-th of it. Throws std::bad_alloc when that, or the budget, is used up.
+/// A part of the budget that several have together, one `nth` of it. Nobody uses it up: each may
+/// have no more than all of them leave free, as in `MemoryBudget::fair`. One alone has half of it.
+///
+/// Thread safe.
+class MemoryShare {
+public:
+  explicit MemoryShare(std::size_t nth) noexcept : nth_(nth) {}
+  MemoryShare(const MemoryShare&) = delete;
+  MemoryShare& operator=(const MemoryShare&) = delete;
+  ~MemoryShare() = default;
+
+  /// How much all may have together.
+  [[nodiscard]] std::size_t most(const MemoryBudget& budget) const { return budget.limit() / nth_; }
+  /// How much all have.
+  [[nodiscard]] std::size_t taken() const noexcept { return taken_; }
+  /// Somebody who has `own` bytes takes `more`; returns false when that is too much of `most`.
+  bool take(std::size_t most, std::size_t own, std::size_t more) noexcept;
+  void give_back(std::size_t bytes) noexcept { taken_ -= bytes; }
+
+private:
+  const std::size_t nth_;
+  std::atomic<std::size_t> taken_ = 0;
+};
+
+/// Memory for containers that counts in the budget, piece by piece as it is needed, and comes out
+/// of a share that others have, too. Throws std::bad_alloc when that, or the budget, is used up.
 ///
 /// The standard library's pools are not for memory that ends: libstdc++ 12's goes on without it.
 ///
 /// Not thread safe. Must not outlive the budget.
 class CountedMemory final : public std::pmr::memory_resource {
 public:
-  CountedMemory(MemoryBudget& budget, std::size_t share) noexcept
-      : budget_(budget), share_(share) {}
+  CountedMemory(MemoryBudget& budget, std::shared_ptr<MemoryShare> share) noexcept
+      : budget_(budget), share_(std::move(share)) {}
 
   /// Bytes that are handed out now, with what each allocation costs beside.
   [[nodiscard]] std::size_t used() const noexcept { return used_; }
-  /// Whether more is held than may be, since the budget has become smaller.
-  [[nodiscard]] bool too_much() const { return grants_.size() * grant > budget_.limit() / share_; }
+  /// Whether more is held than may be, since the budget has become smaller, or others have come.
+  [[nodiscard]] bool too_much() const;
 
-  /// Whether so many bytes could be handed out at once, if nothing else were.
+  /// Whether so many bytes could be handed out at once, if nothing else were from here.
   [[nodiscard]] bool could_have(std::size_t bytes) const;
 
 private:
@@ -38,9 +63,11 @@ private:
     return this == &other;
   }
   [[nodiscard]] std::size_t granted() const noexcept;
+  bool take_grant();
+  void give_grant() noexcept;
 
   MemoryBudget& budget_;
-  const std::size_t share_;
+  const std::shared_ptr<MemoryShare> share_;
   std::size_t used_ = 0;
   /// What the budget was charged, in equal pieces.
   std::vector<std::shared_ptr<MemoryBudget::Buffer>> grants_;

@@ -21,7 +21,7 @@ private:
   const std::shared_ptr<Image> image_;
 };
 
-/// What the background writers see of a verifier.
+/// What those who decode in the background see of a verifier.
 class Image::Decoding final : public Writeback::Source {
 public:
   explicit Decoding(std::shared_ptr<Verifier> verifier) noexcept : verifier_(std::move(verifier)) {}
@@ -83,27 +83,30 @@ void Image::add_verifier(Verifier::Left left) {
   settings.patience = settings_.patience;
   settings.counters = cache_->counters();
   settings.report = [this](const std::string& line) { settings_.report_damage(name_, line); };
-  if (settings_.writeback != nullptr) {
-    settings.wake = [writeback = settings_.writeback, self](std::size_t waiting) {
+  if (settings_.decoders != nullptr) {
+    settings.wake = [decoders = settings_.decoders, self](std::size_t waiting) {
       if (const std::shared_ptr<Writeback::Source> decoding = self->lock())
-        writeback->wake(decoding, waiting);
+        decoders->wake(decoding, waiting);
     };
   }
   settings.decompressors = settings_.decompressors;
+  settings.memory = settings_.verify_memory;
+  settings.interrupted = settings_.interrupted;
+  settings.everything = settings_.verify_everything;
   settings.left = std::move(left);
   verifiers_.push_back(std::make_shared<Verifier>(std::move(settings), budget_));
-  if (settings_.writeback != nullptr) {
+  if (settings_.decoders != nullptr) {
     const auto decoding = std::make_shared<Decoding>(verifiers_.back());
     *self = decoding;
     decoding_ = decoding;
-    settings_.writeback->add(decoding);
+    settings_.decoders->add(decoding);
   }
   verifier_ = verifiers_.back().get();
 }
 
 Verifier::Left Image::remove_verifier() {
   if (const std::shared_ptr<Writeback::Source> decoding = decoding_.lock())
-    settings_.writeback->remove(decoding);
+    settings_.decoders->remove(decoding);
   Verifier::Left left;
   if (const Verifier* const removed = verifier_.exchange(nullptr))
     left = removed->left();

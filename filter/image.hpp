@@ -49,12 +49,20 @@ public:
     std::chrono::milliseconds patience{0};
     /// Tells the operator of a cluster that cannot be read. Must not throw.
     std::function<void(const std::string& export_name, const std::string& line)> report_damage = {};
+    /// Those who decode compressed clusters in the background, which outlive the image, too: never
+    /// the writers, who must not wait for a client's streams. nullptr: nobody does.
+    Writeback* decoders = nullptr;
+    /// As in `Verifier::Settings`.
+    std::function<bool()> interrupted = {};
+    bool verify_everything = false;
     /// Tells the operator that a name stands for several disks. Must not throw.
     std::function<void(const std::string& export_name, const std::string& line)> report_disk = {};
     /// As in `WriteCache::Settings`.
     std::chrono::milliseconds retry = WriteCache::Settings().retry;
     /// Who decodes compressed clusters, for all images.
     std::shared_ptr<DecompressorPool> decompressors = std::make_shared<DecompressorPool>();
+    /// The verifiers' memory, for all images.
+    std::shared_ptr<MemoryShare> verify_memory = Verifier::usual_memory();
     /// Whether any thread may use any connection's storage: not where that is guarded by locks
     /// which only the connection's own requests take.
     bool lend = true;

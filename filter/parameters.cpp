@@ -107,7 +107,7 @@ const char* Parameters::help() noexcept {
          "                               Rewrite that report this often while serving, up to "
          "86400\n"
          "                               (default 0, only at the end).\n"
-         "qcowcache-verify=off|warn|error\n"
+         "qcowcache-verify=off|warn|error|all\n"
          "                               Check that compressed clusters can be read before a "
          "flush\n"
          "                               is acknowledged (default off).\n"
@@ -190,8 +190,10 @@ bool Parameters::set(std::string_view key, std::string_view value) {
       verify_ = Verify::warn;
     else if (value == "error")
       verify_ = Verify::error;
+    else if (value == "all")
+      verify_ = Verify::all;
     else
-      refuse(key, value, "off, warn or error");
+      refuse(key, value, "off, warn, error or all");
     return true;
   }
   if (key == "qcowcache-readback") {
@@ -216,8 +218,11 @@ void Parameters::check() const {
            "used together with qcowcache-stats, or 0");
   if (verify_ == Verify::off || !cluster_size_)
     return;
+  const auto name = [this] {
+    return verify_ == Verify::warn ? "warn" : verify_ == Verify::error ? "error" : "all";
+  };
   std::string line("qcowcache-verify=");
-  line.append(verify_ == Verify::warn ? "warn" : "error")
+  line.append(name())
       .append(": conflicts with qcowcache-cluster-size=")
       .append(std::to_string(*cluster_size_))
       .append(", which must be auto so that the qcow2 header is looked at");

@@ -21,6 +21,7 @@ enum class Verify {
   off,   ///< nobody looks
   warn,  ///< the operator is told
   error, ///< and the flush fails
+  all,   ///< the same, and the first flush looks at the whole image
 };
 
 /// The filter's part of nbdkit's command line. Not thread safe; read only once nbdkit serves.

@@ -70,6 +70,12 @@ std::chrono::milliseconds patience(int thread_model) {
   return std::chrono::seconds(thread_model == NBDKIT_THREAD_MODEL_PARALLEL ? 2 : 0);
 }
 
+/// Whether the client that the calling thread serves, if any, is gone, or the server ends: nbdkit
+/// sleeps for nobody then. It says so in a line of its own.
+bool nobody_waits() {
+  return nbdkit_nanosleep(0, 1) == -1;
+}
+
 /// The same storage, whose writes are read back; the operator is told of each that differs.
 std::unique_ptr<Storage> read_back(std::unique_ptr<Storage> storage,
                                    const std::string& export_name) {
@@ -91,11 +97,13 @@ public:
   Server(const Parameters& parameters, int thread_model)
       : budget_(parameters.size()),
         writers_(thread_model == NBDKIT_THREAD_MODEL_PARALLEL ? parameters.writers() : 0),
-        writeback_([this] { follow_size(); }),
+        verifies_(parameters.verify() != Verify::off), writeback_([this] { follow_size(); }),
         exports_({parameters.cluster_size(), parameters.max_write(), parameters.expire(),
                   writers_ > 0 ? &writeback_ : nullptr, report_loss, &statistics_, events(),
-                  parameters.verify() != Verify::off, patience(thread_model), report_line,
-                  report_line, WriteCache::Settings().retry, std::make_shared<DecompressorPool>(),
+                  verifies_, patience(thread_model), report_line,
+                  writers_ > 0 ? &decoders_ : nullptr, nobody_waits,
+                  parameters.verify() == Verify::all, report_line, WriteCache::Settings().retry,
+                  std::make_shared<DecompressorPool>(), Verifier::usual_memory(),
                   thread_model == NBDKIT_THREAD_MODEL_PARALLEL},
                  budget_),
         stats_interval_(parameters.stats_interval()) {
@@ -114,6 +122,7 @@ public:
 
   void start() {
     writeback_.start(writers_);
+    decoders_.start(verifies_ ? writers_ : 0);
     if (stats_file_ && stats_interval_)
       stats_file_->start(*stats_interval_);
   }
@@ -121,6 +130,7 @@ public:
   /// Nothing is written after this; what is left is lost.
   void stop() {
     writeback_.stop();
+    decoders_.stop();
     exports_.report_left();
     if (stats_file_)
       stats_file_->stop();
@@ -171,7 +181,9 @@ private:
   /// nbdkit guards a plugin that is not parallel with locks that only its own threads hold, so
   /// background writers are for parallel ones only.
   const unsigned writers_;
+  const bool verifies_;
   Writeback writeback_;
+  Writeback decoders_;
   Exports exports_;
   const std::optional<std::chrono::seconds> stats_interval_;
   std::optional<StatsFile> stats_file_;
@@ -194,6 +206,8 @@ int errno_of(const char* what, Work work) noexcept {
   try {
     work();
     return 0;
+  } catch (const Verifier::Interrupted& end) {
+    return end.code().value(); // the check at the connection's end tells what it could not do
   } catch (const std::system_error& error) {
     nbdkit_error("qcowcache: %s: %s", what, error.what());
     return error.code().value() != 0 ? error.code().value() : EIO;
@@ -324,8 +338,9 @@ int filter_block_size(nbdkit_next* /*next*/, void* handle, std::uint32_t* minimu
 }
 
 int filter_can_flush(nbdkit_next* /*next*/, void* handle) {
+  // A flush of what nobody can write is a question for the image, where all of it is checked.
   const Capabilities& storage = connection_of(handle).capabilities();
-  return storage.can_write || storage.can_flush ? 1 : 0;
+  return storage.can_write || storage.can_flush || parameters.verify() == Verify::all ? 1 : 0;
 }
 
 int filter_can_fua(nbdkit_next* /*next*/, void* handle) {
@@ -364,13 +379,19 @@ int filter_pwrite(nbdkit_next* /*next*/, void* handle, const void* buffer, std::
   });
 }
 
+bool damage_fails_a_flush() {
+  return parameters.verify() == Verify::error || parameters.verify() == Verify::all;
+}
+
 /// What cannot be checked because storage cannot be read is no better than damage, and worth no
 /// more than a warning where damage is not.
 Verifier::Outcome check(const Connection::InUse& in_use, const std::string& export_name) {
   try {
     return in_use.check();
+  } catch (const Verifier::Interrupted&) {
+    throw;
   } catch (const std::exception& error) {
-    if (parameters.verify() == Verify::error)
+    if (damage_fails_a_flush())
       throw;
     report_line(export_name,
                 std::string("compressed clusters could not be checked: ") + error.what());
@@ -385,7 +406,7 @@ int filter_flush(nbdkit_next* /*next*/, void* handle, std::uint32_t /*flags*/, i
     const Connection::InUse in_use = connection.in_use({});
     in_use.cache.flush(in_use.use.storage());
     if (check(in_use, connection.export_name()) == Verifier::Outcome::damaged &&
-        parameters.verify() == Verify::error)
+        damage_fails_a_flush())
       throw std::system_error(EIO, std::generic_category(),
                               "export \"" + printable(connection.export_name()) +
                                   "\": " + std::to_string(in_use.verifier->failing()) +

@@ -16,7 +16,6 @@ using qcow2::Decoding;
 using qcow2::Decompressor;
 using qcow2::Header;
 
-constexpr std::size_t share_of_budget = 8;
 /// Writers that are slower than clients are not helped by more.
 constexpr std::size_t most_waiting = 64;
 constexpr std::size_t most_failures = 256;
@@ -26,6 +25,29 @@ constexpr std::size_t batch = 4096;
 constexpr std::uint64_t largest_read = std::uint64_t{1024} * 1024;
 constexpr std::uint64_t worth_reading_over = std::uint64_t{64} * 1024;
 constexpr unsigned most_tries = 3;
+/// Tables that may turn out to be named once more.
+constexpr std::size_t most_looked = 2048;
+constexpr std::chrono::milliseconds between_questions{10};
+constexpr std::size_t most_rewritten = 4096;
+
+/// The ranges with the smallest gaps between them made one, so that no more than half are left.
+ByteRanges coarser(const ByteRanges& ranges) {
+  ByteRanges result = ranges;
+  for (std::uint64_t gap = worth_reading_over; result.count() > ranges.count() / 2; gap *= 2) {
+    ByteRanges merged;
+    ByteRange last = *result.begin();
+    for (const ByteRange& range : result) {
+      if (range.begin > last.end && range.begin - last.end > gap) {
+        merged.add(last);
+        last.begin = range.begin;
+      }
+      last.end = range.end;
+    }
+    merged.add(last);
+    result = std::move(merged);
+  }
+  return result;
+}
 
 /// Reads a part of the image, with zeros for what lies past its end.
 void read_padded(Verifier::Image& image, std::uint64_t offset, std::span<std::byte> data) {
@@ -55,11 +77,6 @@ std::optional<Header> known_header(Verifier::Image& image) {
   return header;
 }
 
-/// What an entry says is its cluster's: what the file does not have of it yet may come.
-ByteRange claimed(const qcow2::CompressedCluster& cluster) {
-  return {cluster.offset, cluster.offset + cluster.length};
-}
-
 /// The lock's mutex is free while this lives.
 class Unlocked {
 public:
@@ -74,8 +91,57 @@ private:
 
 } // namespace
 
+Verifier::Interruption::Interruption(const std::function<bool()>& interrupted)
+    : interrupted_(interrupted), asked_(std::chrono::steady_clock::now()) {}
+
+bool Verifier::Interruption::due() const {
+  return interrupted_ && std::chrono::steady_clock::now() - asked_ >= between_questions;
+}
+
+void Verifier::Interruption::confirm() {
+  if (!due())
+    return;
+  if (interrupted_())
+    throw Interrupted();
+  asked_ = std::chrono::steady_clock::now();
+}
+
+/// One check at a time, first come, first served.
+class Verifier::Turn {
+public:
+  Turn(Verifier& verifier, Lock& lock)
+      : verifier_(verifier), own_(verifier.turns_.insert(verifier.turns_.end(), '\0')) {
+    try {
+      Interruption interruption(verifier_.settings_.interrupted);
+      while (own_ != verifier_.turns_.begin())
+        verifier_.wait_for_change(lock, interruption);
+      verifier_.interruption_.emplace(verifier_.settings_.interrupted);
+    } catch (...) {
+      end();
+      throw;
+    }
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+  /// REQUIRES: the mutex is held.
+  ~Turn() {
+    verifier_.verdicts_.clear();
+    verifier_.looked_.clear();
+    end();
+  }
+
+private:
+  void end() noexcept {
+    verifier_.turns_.erase(own_);
+    verifier_.changed_.notify_all();
+  }
+
+  Verifier& verifier_;
+  const std::list<char>::iterator own_;
+};
+
 Verifier::Verifier(Settings settings, MemoryBudget& budget)
-    : settings_(std::move(settings)), memory_(budget, share_of_budget), streams_(&memory_),
+    : settings_(std::move(settings)), memory_(budget, settings_.memory), streams_(&memory_),
       tables_(&memory_, [this](std::size_t bytes) {
         return memory_.could_have(bytes) && streams_.drop_lowest();
       }) {}
@@ -162,7 +228,7 @@ Verifier::InProgress::iterator Verifier::begin(Image& image, const ByteRange& ra
     if (other.range.overlaps(range))
       crossed = other.crossed = true;
   }
-  return in_progress_.insert(in_progress_.end(), {range, crossed});
+  return in_progress_.insert(in_progress_.end(), {range, ++last_change_, crossed});
 }
 
 Verifier::Progress Verifier::end_progress(const Lock& lock, InProgress::iterator entry) {
@@ -172,6 +238,7 @@ Verifier::Progress Verifier::end_progress(const Lock& lock, InProgress::iterator
   outdate(lock, range);
   header_stale_ = header_stale_ || range.begin < qcow2::header_bytes;
   tables_changed_ = tables_changed_ || header_stale_ || tables_.is_table(range);
+  note_rewritten(lock, range);
   arrived(lock, range);
   changed_.notify_all();
   return ended;
@@ -179,7 +246,7 @@ Verifier::Progress Verifier::end_progress(const Lock& lock, InProgress::iterator
 
 void Verifier::end(InProgress::iterator entry, std::span<const std::byte> data) {
   Lock lock(mutex_);
-  const auto [range, crossed] = end_progress(lock, entry);
+  const auto [range, number, crossed] = end_progress(lock, entry);
   if (crossed) {
     tables_.changed(range);
     return;
@@ -202,12 +269,12 @@ void Verifier::end(InProgress::iterator entry, std::span<const std::byte> data) 
     }
   }
   job->taken = true;
-  decode(lock, job, data);
+  decode(lock, job, data, Decoder::writer);
 }
 
 void Verifier::end_zeroed(InProgress::iterator entry) {
   const Lock lock(mutex_);
-  const auto [range, crossed] = end_progress(lock, entry);
+  const auto [range, number, crossed] = end_progress(lock, entry);
   if (crossed)
     tables_.changed(range);
   else
@@ -277,6 +344,8 @@ void Verifier::shrink(const Lock& /*lock*/) noexcept {
 
 void Verifier::forget_streams(const Lock& /*lock*/) noexcept {
   streams_.clear();
+  verdicts_.clear();
+  looked_.clear();
   for (Job& job : jobs_)
     job.outdated = true;
   for (auto& [place, failure] : failures_)
@@ -286,8 +355,10 @@ void Verifier::forget_streams(const Lock& /*lock*/) noexcept {
 }
 
 /// Remembered streams in the range are no longer what they were.
-void Verifier::outdate(const Lock& /*lock*/, const ByteRange& range) noexcept {
+void Verifier::outdate(const Lock& lock, const ByteRange& range) noexcept {
   streams_.forget(range);
+  verdicts_.forget(range);
+  forget_looked(lock, range);
   for (Job& job : jobs_)
     job.outdated = job.outdated || job.range.overlaps(range);
 }
@@ -346,7 +417,7 @@ void Verifier::open(Lock& lock, Image& image) {
         }
         tables_.l1_entries(
             static_cast<std::uint32_t>((rest.begin - l1.begin) / qcow2::l1_entry_size), bytes,
-            !settings_.left.more);
+            !settings_.left.more && !settings_.everything);
         rest.begin += bytes.size();
       }
       tables_.end_reading_l1();
@@ -392,42 +463,62 @@ bool Verifier::being_changed(const Lock& /*lock*/, const ByteRange& range) const
 
 /// Reads the tables that the range is going to change, unless they are in memory.
 void Verifier::keep_old_tables(Lock& lock, Image& image, const ByteRange& range) {
-  std::set<std::uint32_t> read;
-  while (const std::optional<std::uint32_t> index = tables_.unread_in(range)) {
+  Interruption interruption(settings_.interrupted);
+  std::optional<std::uint32_t> index = tables_.unread_in(range);
+  while (index) {
     const std::uint64_t offset = tables_.table_offset(*index);
+    const auto is_there = [&] {
+      return tables_.has_table(*index) && tables_.table_offset(*index) == offset;
+    };
+    const ByteRange whole{offset, offset + tables_.header()->cluster_size()};
     if (being_kept_.contains(*index)) {
       changed_.wait(lock);
-    } else if (!read.insert(*index).second ||
-               being_changed(lock, {offset, offset + tables_.header()->cluster_size()})) {
-      // There is no memory for it, or not for it and the others, or it was dropped while somebody
-      // is changing it. So all of its entries are new: nobody must take for old what may have
-      // changed by now.
-      tables_.changed({offset, offset + 1});
+      index = tables_.unread_in(range);
     } else {
-      std::vector<std::byte> table(tables_.header()->cluster_size());
-      const ByteRange whole{offset, offset + table.size()};
-      bool known = true;
-      const auto kept = being_kept_.insert_or_assign(*index, Kept{whole, false}).first;
-      const auto done = [this, kept] {
-        being_kept_.erase(kept);
-        changed_.notify_all();
-      };
-      try {
-        require_seen(image, whole);
-        read_table(lock, image, offset, table);
-      } catch (const std::system_error&) {
-        known = false;
-      } catch (...) {
-        done();
-        throw;
+      if (!being_changed(lock, whole))
+        keep_old_table(lock, image, *index, whole);
+      if (is_there() && tables_.is_unread(*index)) {
+        // There is no memory for it, or it cannot be read, or somebody is changing it. So all of
+        // its entries are new: nobody must take for old what may have changed by now.
+        tables_.changed({offset, offset + 1});
       }
-      known = known && !kept->second.changed && tables_.has_table(*index) &&
-              tables_.table_offset(*index) == offset;
-      done();
-      if (known)
-        tables_.load_checked(*index, table);
+      if (interruption.due()) {
+        try {
+          const Unlocked unlocked(lock);
+          interruption.confirm();
+        } catch (const Interrupted&) {
+          tables_.changed(range); // the same for all that are left
+          return;
+        }
+      }
+      index = is_there() ? tables_.unread_in(range, index) : tables_.unread_in(range);
     }
   }
+}
+
+void Verifier::keep_old_table(Lock& lock, Image& image, std::uint32_t index,
+                              const ByteRange& whole) {
+  std::vector<std::byte> table(whole.size());
+  bool known = true;
+  const auto kept = being_kept_.insert_or_assign(index, Kept{whole, false}).first;
+  const auto done = [this, kept] {
+    being_kept_.erase(kept);
+    changed_.notify_all();
+  };
+  try {
+    require_seen(image, whole);
+    read_table(lock, image, whole.begin, table);
+  } catch (const std::system_error&) {
+    known = false;
+  } catch (...) {
+    done();
+    throw;
+  }
+  known = known && !kept->second.changed && tables_.has_table(index) &&
+          tables_.table_offset(index) == whole.begin;
+  done();
+  if (known)
+    tables_.load_checked(index, table);
 }
 
 // ---- Decoding as data arrives
@@ -440,13 +531,25 @@ bool Verifier::may_be_stream(const Lock& /*lock*/, const ByteRange& range,
          Decompressor::may_begin(header->compression, data) && !tables_.is_table(range);
 }
 
-void Verifier::decode(Lock& lock, Jobs::iterator job, std::span<const std::byte> data) {
+/// A write does not wait for those who decode: what it cannot decode at once is left to the check.
+void Verifier::decode(Lock& lock, Jobs::iterator job, std::span<const std::byte> data,
+                      Decoder decoder) {
   Decoding decoding;
   try {
     const Unlocked unlocked(lock);
-    decoding = settings_.decompressors->borrow()->decode(job->compression, data, job->cluster_size);
+    DecompressorPool& pool = *settings_.decompressors;
+    std::optional<DecompressorPool::Loan> loan =
+        decoder == Decoder::writer ? pool.try_borrow(account_) : pool.borrow(account_);
+    if (decoder == Decoder::check)
+      interruption_->confirm();
+    if (loan)
+      decoding = std::move(*loan).decode(job->compression, data, job->cluster_size);
   } catch (const std::bad_alloc&) {
     decoding = {}; // the check will try again
+  } catch (const Interrupted&) {
+    jobs_.erase(job);
+    changed_.notify_all();
+    throw;
   }
   if (decoding.whole() && !job->outdated)
     streams_.remember(job->range.begin, static_cast<std::uint32_t>(decoding.stream_size));
@@ -461,7 +564,7 @@ bool Verifier::decode_one() {
     return false;
   job->taken = true;
   --waiting_;
-  decode(lock, job, job->data);
+  decode(lock, job, job->data, Decoder::background);
   return true;
 }
 
@@ -470,29 +573,62 @@ std::size_t Verifier::waiting() const {
   return waiting_;
 }
 
-void Verifier::finish_decoding() {
-  Lock lock(mutex_);
+void Verifier::finish_decoding(Lock& lock) {
   const std::uint64_t last = last_job_;
   const auto is_due = [last](const Job& job) { return job.number <= last; };
   while (std::ranges::any_of(jobs_, is_due)) {
     const auto waits =
         std::ranges::find_if(jobs_, [&](const Job& job) { return is_due(job) && !job.taken; });
     if (waits == jobs_.end()) {
-      changed_.wait(lock);
+      wait_for_change(lock, *interruption_);
     } else {
       waits->taken = true;
       --waiting_;
-      decode(lock, waits, waits->data);
+      decode(lock, waits, waits->data, Decoder::check);
     }
   }
+}
+
+// ---- Waiting
+
+/// Waits until somebody has changed something, or until then.
+void Verifier::wait_for_change(Lock& lock, Interruption& interruption, std::optional<Time> until) {
+  constexpr std::chrono::milliseconds between_looks{50};
+  if (settings_.interrupted) {
+    const Time look = std::chrono::steady_clock::now() + between_looks;
+    changed_.wait_until(lock, until ? std::min(*until, look) : look);
+    const Unlocked unlocked(lock);
+    interruption.confirm();
+  } else if (until) {
+    changed_.wait_until(lock, *until);
+  } else {
+    changed_.wait(lock);
+  }
+}
+
+/// Throws Interrupted if nobody needs the check that is running any more.
+void Verifier::confirm(Lock& lock) {
+  if (!interruption_->due())
+    return;
+  const Unlocked unlocked(lock);
+  interruption_->confirm();
 }
 
 // ---- Checks
 
 bool Verifier::has_work() const {
+  return has_work(Lock(mutex_));
+}
+
+bool Verifier::has_work_at_end() const {
   const Lock lock(mutex_);
-  const bool to_open = !opened_ && !settings_.left.empty();
-  return to_open || header_stale_ || tables_.has_work() || !failures_.empty() || more_failures_ > 0;
+  return has_work(lock) && (opened_ || !settings_.left.empty());
+}
+
+bool Verifier::has_work(const Lock& lock) const {
+  const bool to_open = !opened_ && (!settings_.left.empty() || settings_.everything);
+  return to_open || header_stale_ || tables_.has_work() || !failures_.empty() ||
+         more_failures_ > 0 || has_rewritten(lock);
 }
 
 std::size_t Verifier::failing() const {
@@ -505,23 +641,31 @@ Verifier::Left Verifier::left() const {
   if (round_ == 0)
     return settings_.left;
   Left left;
-  left.more = more_failures_ > 0 || cut_off_ || left_out_;
+  left.more = more_failures_ > 0 || cut_off_ || left_out_ || has_rewritten(lock);
   for (const auto& [place, failure] : failures_)
     left.failing.push_back({place.first, place.second, failure.value});
   return left;
 }
 
-void Verifier::report_unchecked(const std::string& why) const {
+void Verifier::report_unchecked(const std::string& why) {
+  {
+    const Lock lock(mutex_);
+    if (why == told_why_)
+      return;
+    told_why_ = why;
+  }
   settings_.report("compressed clusters could not be checked: " + why);
 }
 
 Verifier::Outcome Verifier::check(Image& image) {
-  const std::lock_guard one_at_a_time(check_mutex_);
-  if (!has_work())
-    return Outcome::clean;
-  finish_decoding();
-  const auto deadline = std::chrono::steady_clock::now() + settings_.patience;
+  const Time deadline = std::chrono::steady_clock::now() + settings_.patience;
   Lock lock(mutex_);
+  const std::uint64_t awaited = last_change_;
+  const Turn turn(*this, lock);
+  if (!has_work(lock))
+    return Outcome::clean;
+  awaited_ = awaited;
+  finish_decoding(lock);
   open(lock, image);
   looked_last_ = false;
   cut_off_ = true;
@@ -534,6 +678,7 @@ Verifier::Outcome Verifier::check(Image& image) {
     cut_off_ = true;
     std::rethrow_exception(std::exchange(unread_, nullptr));
   }
+  told_why_.clear();
   return failures_.empty() && more_failures_ == 0 ? Outcome::clean : Outcome::damaged;
 }
 
@@ -543,13 +688,18 @@ void Verifier::look(Lock& lock, Image& image) {
   unread_ = nullptr;
   left_out_ = false;
   tables_changed_ = false;
+  looked_.clear();
   refresh_header(lock, image);
   if (tables_.header()) {
     refresh_l1(lock, image);
+    renew(lock, image);
     refresh_tables(lock, image);
     look_at_unchecked(lock, image);
     if (tables_.lost() && tables_.has_work())
       look_at_everything(lock, image);
+  } else {
+    rewritten_.clear();
+    renewing_.clear();
   }
   // Entries that are gone, or stand for something else now, fail no more.
   std::erase_if(failures_, [this](const auto& item) { return item.second.round != round_; });
@@ -593,9 +743,76 @@ void Verifier::refresh_l1(Lock& lock, Image& image) {
       tables_.l1_entries(static_cast<std::uint32_t>((rest.begin - l1.begin) / qcow2::l1_entry_size),
                          bytes, false);
       rest.begin += bytes.size();
+      confirm(lock);
     }
     tables_.end_reading_l1();
   }
+}
+
+/// Something that entries may name was changed.
+void Verifier::note_rewritten(const Lock& /*lock*/, const ByteRange& range) noexcept {
+  if (range.empty() || tables_.lost() || !(tables_.header() || header_stale_))
+    return;
+  try {
+    rewritten_.add(range);
+    if (rewritten_.count() > most_rewritten)
+      rewritten_ = coarser(rewritten_);
+  } catch (const std::bad_alloc&) {
+    const ByteRange hull = rewritten_.empty() ? range : rewritten_.hull();
+    rewritten_.clear(); // one range takes no memory
+    rewritten_.add({std::min(hull.begin, range.begin), std::max(hull.end, range.end)});
+  }
+}
+
+bool Verifier::has_rewritten(const Lock& /*lock*/) const noexcept {
+  return tables_.header() && !tables_.lost() && !(rewritten_.empty() && renewing_.empty());
+}
+
+/// Entries that name what was written, zeroed or trimmed are new again.
+void Verifier::renew(Lock& lock, Image& image) {
+  renewing_.add(rewritten_);
+  rewritten_.clear();
+  std::vector<std::byte> table;
+  bool all = true;
+  for (auto index = tables_.named_from(0, renewing_); index;
+       index = tables_.named_from(*index + 1, renewing_)) {
+    if (tables_.has_copy(*index)) {
+      tables_.renew(*index, renewing_);
+    } else {
+      table.resize(tables_.header()->cluster_size());
+      all = renew_unread(lock, image, *index, table) && all;
+    }
+    confirm(lock);
+  }
+  if (all || tables_.lost())
+    renewing_.clear();
+}
+
+/// The same for a table that has to be read, into `table`. Returns false when it cannot be seen.
+bool Verifier::renew_unread(Lock& lock, Image& image, std::uint32_t index,
+                            std::span<std::byte> table) {
+  const std::uint64_t offset = tables_.table_offset(index);
+  if (!sees(image, {offset, offset + table.size()})) {
+    left_out_ = true;
+    return false;
+  }
+  read_table(lock, image, offset, table);
+  const auto is_unread = [&] {
+    return tables_.has_table(index) && tables_.table_offset(index) == offset &&
+           tables_.is_unread(index);
+  };
+  if (is_unread()) {
+    tables_.note_content(index, table);
+    if (tables_.names(table, renewing_)) {
+      tables_.load_checked(index, table);
+      if (is_unread())
+        tables_.changed({offset, offset + 1}); // without a copy all of its entries are looked at
+    }
+  }
+  // Or whoever changed it meanwhile has made one.
+  if (tables_.has_copy(index))
+    tables_.renew(index, renewing_);
+  return true;
 }
 
 void Verifier::refresh_tables(Lock& lock, Image& image) {
@@ -613,20 +830,38 @@ void Verifier::refresh_tables(Lock& lock, Image& image) {
     // It may have been lost meanwhile.
     if (tables_.has_table(*index)) {
       const std::uint64_t offset = tables_.table_offset(*index);
-      if (!sees(image, {offset, offset + table.size()})) {
+      if (sees(image, {offset, offset + table.size()}))
+        refresh_table(lock, image, *index, table);
+      else
         left_out_ = true;
-        continue;
-      }
-      tables_.begin_reading(*index);
-      read_table(lock, image, offset, table);
-      if (!tables_.load(*index, table))
-        tables_.looked_at_all(*index, look_at_table(lock, image, *index, table) == 0);
     }
+    confirm(lock);
+  }
+}
+
+/// Reads a table into `table`, and gives it a copy, or looks at it.
+void Verifier::refresh_table(Lock& lock, Image& image, std::uint32_t index,
+                             std::span<std::byte> table) {
+  const std::uint64_t offset = tables_.table_offset(index);
+  const auto looked = looked_.find(offset);
+  const bool again = looked != looked_.end() && tables_.all_new(index);
+  tables_.begin_reading(index);
+  if (again && looked->second.tally) {
+    tables_.looked_at_all(index, look_at_twin(lock, image, index, *looked->second.tally) == 0);
+    return;
+  }
+  note_table(lock, offset);
+  read_table(lock, image, offset, table);
+  if (again || !tables_.load(index, table)) {
+    const std::size_t failed = look_at_table(lock, image, index, offset, table);
+    tables_.note_content(index, table);
+    tables_.looked_at_all(index, failed == 0);
   }
 }
 
 void Verifier::look_at_unchecked(Lock& lock, Image& image) {
   std::vector<Entry> entries;
+  Tally tally;
   std::optional<Entry> next = tables_.unchecked_from(0, 0);
   while (next) {
     entries.clear();
@@ -634,26 +869,71 @@ void Verifier::look_at_unchecked(Lock& lock, Image& image) {
       entries.push_back(*next);
       next = tables_.unchecked_from(next->l1_index, next->l2_index + 1);
     }
-    look_at(lock, image, entries);
+    look_at(lock, image, entries, tally);
     next = tables_.unchecked_from(entries.back().l1_index, entries.back().l2_index + 1);
+    confirm(lock);
   }
 }
 
+/// This table is going to be read, should it be named once more.
+void Verifier::note_table(const Lock& /*lock*/, std::uint64_t offset) {
+  if (looked_.size() < most_looked)
+    looked_.try_emplace(offset);
+}
+
+void Verifier::forget_looked(const Lock& /*lock*/, const ByteRange& range) noexcept {
+  if (looked_.empty())
+    return;
+  const std::uint64_t size = tables_.header() ? tables_.header()->cluster_size() : 0;
+  const std::uint64_t first = range.begin - std::min(range.begin, size);
+  looked_.erase(looked_.lower_bound(first), looked_.lower_bound(range.end));
+}
+
+/// `table` is what is at `offset`, for this entry of the L1 table and others. Returns how many of
+/// its entries are not good.
 std::size_t Verifier::look_at_table(Lock& lock, Image& image, std::uint32_t l1_index,
-                                    std::span<const std::byte> table) {
+                                    std::uint64_t offset, std::span<const std::byte> table) {
   const Header header = *tables_.header();
   std::vector<Entry> entries;
-  std::size_t failed = 0;
+  Tally tally;
   for (std::uint32_t i = 0; i < header.l2_entries(); ++i) {
     const std::uint64_t value = qcow2::l2_entry(table, i, header);
     if (qcow2::is_compressed(value))
       entries.push_back({l1_index, i, value});
     if (entries.size() == batch || i + 1 == header.l2_entries()) {
-      failed += look_at(lock, image, entries);
+      look_at(lock, image, entries, tally);
       entries.clear();
+      confirm(lock);
     }
   }
+  const std::size_t failed = tally.failed;
+  if (failures_.size() >= most_failures)
+    tally.some_bad = {}; // no more than their number will be remembered
+  const auto looked = looked_.find(offset);
+  if (looked != looked_.end() && failed == tally.bad)
+    looked->second.tally = std::move(tally);
   return failed;
+}
+
+/// The same for a table that was looked at for another entry of the L1 table.
+std::size_t Verifier::look_at_twin(Lock& lock, Image& image, std::uint32_t l1_index,
+                                   const Tally& twin) {
+  count_good(lock, twin.good, twin.good_bytes);
+  const std::size_t failed = twin.failed;
+  const auto known = failures_.lower_bound({l1_index, 0});
+  if (failures_.size() >= most_failures &&
+      (known == failures_.end() || known->first.first != l1_index)) {
+    more_failures_ += failed; // as each of them would say
+    return failed;
+  }
+  std::vector<Entry> entries = twin.some_bad;
+  const std::size_t others = failed - entries.size();
+  for (Entry& entry : entries)
+    entry.l1_index = l1_index;
+  Tally tally;
+  look_at(lock, image, entries, tally);
+  more_failures_ += others;
+  return tally.failed + others;
 }
 
 void Verifier::look_at_everything(Lock& lock, Image& image) {
@@ -679,13 +959,20 @@ void Verifier::look_at_everything(Lock& lock, Image& image) {
       for (std::size_t at = 0; at < bytes.size(); at += qcow2::l1_entry_size) {
         const auto offset = qcow2::l2_table_offset(qcow2::l1_entry(bytes, at), header);
         if (offset && !leaves_out(*offset, table.size())) {
-          read_table(lock, image, *offset, table);
           const auto index =
               static_cast<std::uint32_t>((rest.begin - l1.begin + at) / qcow2::l1_entry_size);
-          failed += look_at_table(lock, image, index, table);
+          const auto looked = looked_.find(*offset);
+          if (looked != looked_.end() && looked->second.tally) {
+            failed += look_at_twin(lock, image, index, *looked->second.tally);
+          } else {
+            note_table(lock, *offset);
+            read_table(lock, image, *offset, table);
+            failed += look_at_table(lock, image, index, *offset, table);
+          }
           tables_.looked_at_table(index, *offset);
         }
       }
+      confirm(lock);
     }
   } catch (...) {
     tables_.look_at_everything_again();
@@ -697,35 +984,40 @@ void Verifier::look_at_everything(Lock& lock, Image& image) {
     tables_.follow_again();
 }
 
-/// Returns how many of the entries are not good.
-std::size_t Verifier::look_at(Lock& lock, Image& image, std::span<const Entry> entries) {
+void Verifier::look_at(Lock& lock, Image& image, std::span<const Entry> entries, Tally& tally) {
   if (!tables_.header())
-    return 0;
+    return;
   const Header header = *tables_.header();
   const ByteRange readable{0, image.size()};
   const ByteRange whole{0, image.largest_size()};
   std::vector<Candidate> candidates;
-  std::size_t failed = 0;
   for (const Entry& entry : entries) {
     const qcow2::CompressedCluster cluster = qcow2::compressed_cluster(entry.value, header);
-    const ByteRange data = claimed(cluster).intersection(whole);
+    const ByteRange data = cluster.range().intersection(whole);
     const std::uint32_t remembered = streams_.size_at(cluster.offset);
     const auto known = failures_.find({entry.l1_index, entry.l2_index});
     if (remembered > 0 && remembered <= data.size()) {
-      good(lock, entry, remembered);
-      failures_.erase({entry.l1_index, entry.l2_index});
+      good(lock, entry, remembered, tally);
     } else if (known != failures_.end() && known->second.value == entry.value &&
                known->second.end == data.end && !known->second.touched) {
       known->second.round = round_;
-      ++failed;
+      note_bad(entry, tally);
     } else if (!data.empty() && data.end > readable.end) {
       left_out_ = true; // for somebody who sees it to check
-      ++failed;
+      ++tally.failed;
     } else {
-      candidates.push_back({entry, cluster, data});
+      const std::optional<Decoding> decoding = verdicts_.find(cluster, data.end);
+      if (!decoding)
+        candidates.push_back({entry, cluster, data});
+      else if (decoding->whole())
+        good(lock, entry, decoding->stream_size, tally);
+      else
+        bad(lock, {entry, cluster, data}, decoding->reason, false, tally);
     }
   }
-  std::ranges::sort(candidates, {}, [](const Candidate& each) { return each.cluster.offset; });
+  std::ranges::sort(candidates, {}, [](const Candidate& each) {
+    return std::pair(each.cluster.offset, each.cluster.length);
+  });
   for (auto first = candidates.begin(); first != candidates.end();) {
     auto behind = first + 1;
     std::uint64_t end = first->data.end;
@@ -737,20 +1029,21 @@ std::size_t Verifier::look_at(Lock& lock, Image& image, std::span<const Entry> e
     }
     const std::span group(first, behind);
     try {
-      failed += read_and_decode(lock, image, group);
+      read_and_decode(lock, image, group, tally);
+    } catch (const Interrupted&) {
+      throw;
     } catch (const std::system_error&) {
       // The others are looked at all the same.
       if (!unread_)
         unread_ = std::current_exception();
-      failed += group.size();
+      tally.failed += group.size();
     }
     first = behind;
   }
-  return failed;
 }
 
-std::size_t Verifier::read_and_decode(Lock& lock, Image& image,
-                                      std::span<const Candidate> candidates) {
+void Verifier::read_and_decode(Lock& lock, Image& image, std::span<const Candidate> candidates,
+                               Tally& tally) {
   const Header header = *tables_.header();
   ByteRange all = candidates.front().data;
   for (const Candidate& candidate : candidates)
@@ -758,7 +1051,7 @@ std::size_t Verifier::read_and_decode(Lock& lock, Image& image,
 
   watched_ = all;
   for (const Candidate& candidate : candidates)
-    watched_.end = std::max(watched_.end, claimed(candidate.cluster).end);
+    watched_.end = std::max(watched_.end, candidate.cluster.range().end);
   written_while_watched_.clear();
   std::vector<Decoding> decodings(candidates.size());
   try {
@@ -766,8 +1059,6 @@ std::size_t Verifier::read_and_decode(Lock& lock, Image& image,
     std::vector<std::byte> bytes(all.size());
     if (!bytes.empty())
       image.read(all.begin, bytes);
-    // Only now: storage may take its time, and others need it, too.
-    const DecompressorPool::Loan decompressor = settings_.decompressors->borrow();
     for (std::size_t i = 0; i < candidates.size(); ++i) {
       const Candidate& candidate = candidates[i];
       const std::span<const std::byte> data =
@@ -775,14 +1066,28 @@ std::size_t Verifier::read_and_decode(Lock& lock, Image& image,
                                  : std::span<const std::byte>(bytes).subspan(
                                        candidate.data.begin - all.begin, candidate.data.size());
       Decoding& decoding = decodings[i];
-      decoding = decompressor->decode(header.compression, data, header.cluster_size());
+      const bool twin =
+          i > 0 && candidates[i - 1].cluster.offset == candidate.cluster.offset &&
+          (decodings[i - 1].whole() ? decodings[i - 1].stream_size <= data.size()
+                                    : candidates[i - 1].cluster.length == candidate.cluster.length);
+      if (twin) {
+        decoding = decodings[i - 1];
+      } else {
+        // Only now: storage may take its time, and others need it, too.
+        DecompressorPool::Loan loan = settings_.decompressors->borrow(account_);
+        interruption_->confirm();
+        decoding = std::move(loan).decode(header.compression, data, header.cluster_size());
+      }
       const bool past_end = candidate.data.size() < candidate.cluster.length;
-      if (!decoding.whole() && past_end &&
+      if (!twin && !decoding.whole() && past_end &&
           (data.empty() || decoding.result == Decoding::Result::too_short))
         decoding.reason = "past the end of the file";
-      else if (!decoding.whole() && all_zeros(data))
+      else if (!twin && !decoding.whole() && all_zeros(data))
         decoding.reason = "never written";
     }
+  } catch (const Interrupted&) {
+    watched_ = {};
+    throw;
   } catch (const std::system_error& refusal) {
     // No verdict: the bytes may be read next time, and be good.
     watched_ = {};
@@ -793,32 +1098,47 @@ std::size_t Verifier::read_and_decode(Lock& lock, Image& image,
   }
   watched_ = {};
 
-  std::size_t failed = 0;
   for (std::size_t i = 0; i < candidates.size(); ++i) {
     const Candidate& candidate = candidates[i];
-    const bool touched = written_while_watched_.overlaps(claimed(candidate.cluster));
-    if (!decodings[i].whole()) {
-      bad(lock, candidate, decodings[i].reason, touched);
-      ++failed;
-    } else if (!touched) {
-      good(lock, candidate.entry, decodings[i].stream_size);
-      failures_.erase({candidate.entry.l1_index, candidate.entry.l2_index});
-    } else {
-      ++failed; // other bytes now: for the check that comes after that write
-    }
+    const bool touched = written_while_watched_.overlaps(candidate.cluster.range());
+    if (!touched)
+      verdicts_.note(candidate.cluster, candidate.data.end, decodings[i]);
+    if (!decodings[i].whole())
+      bad(lock, candidate, decodings[i].reason, touched, tally);
+    else if (!touched)
+      good(lock, candidate.entry, decodings[i].stream_size, tally);
+    else
+      ++tally.failed; // other bytes now: for the check that comes after that write
   }
-  return failed;
 }
 
-void Verifier::good(const Lock& /*lock*/, const Entry& entry, std::uint64_t size) {
-  const bool zstd = tables_.header() && tables_.header()->compression == Compression::zstd;
-  settings_.counters->add(zstd ? Count::verified_zstd_clusters : Count::verified_deflate_clusters);
-  settings_.counters->add(zstd ? Count::verified_zstd_bytes : Count::verified_deflate_bytes, size);
+/// The cluster can be read.
+void Verifier::good(const Lock& lock, const Entry& entry, std::uint64_t size, Tally& tally) {
+  ++tally.good;
+  tally.good_bytes += size;
+  count_good(lock, 1, size);
   tables_.checked(entry);
+  failures_.erase({entry.l1_index, entry.l2_index});
 }
 
+void Verifier::count_good(const Lock& /*lock*/, std::uint64_t clusters, std::uint64_t bytes) {
+  const bool zstd = tables_.header() && tables_.header()->compression == Compression::zstd;
+  settings_.counters->add(zstd ? Count::verified_zstd_clusters : Count::verified_deflate_clusters,
+                          clusters);
+  settings_.counters->add(zstd ? Count::verified_zstd_bytes : Count::verified_deflate_bytes, bytes);
+}
+
+void Verifier::note_bad(const Entry& entry, Tally& tally) {
+  ++tally.failed;
+  ++tally.bad;
+  if (tally.some_bad.size() < most_failures)
+    tally.some_bad.push_back(entry);
+}
+
+/// The cluster cannot be read.
 void Verifier::bad(const Lock& /*lock*/, const Candidate& candidate, const char* reason,
-                   bool touched) {
+                   bool touched, Tally& tally) {
+  note_bad(candidate.entry, tally);
   const Place place{candidate.entry.l1_index, candidate.entry.l2_index};
   const auto known = failures_.find(place);
   if (known == failures_.end() && failures_.size() >= most_failures) {
@@ -830,7 +1150,7 @@ void Verifier::bad(const Lock& /*lock*/, const Candidate& candidate, const char*
   // Reasons are constants, of which each decoder has one copy.
   failure.reported = same && failure.reported && failure.reason == reason;
   failure.value = candidate.entry.value;
-  failure.data = claimed(candidate.cluster);
+  failure.data = candidate.cluster.range();
   failure.end = candidate.data.end;
   failure.reason = reason;
   failure.round = round_;
@@ -841,24 +1161,34 @@ void Verifier::bad(const Lock& /*lock*/, const Candidate& candidate, const char*
 /// Returns whether it is worth looking again.
 bool Verifier::wait_for_late(Lock& lock, std::chrono::steady_clock::time_point deadline) {
   const auto waits = [](const auto& item) { return !item.second.settled; };
+  bool has_waited = false; // for a write that had begun before the check
   for (;;) {
     if (settings_.patience.count() == 0 || std::ranges::none_of(failures_, waits))
       return false;
     bool touched = tables_changed_;
-    bool in_progress = false;
+    bool earlier = false;
+    bool later = false;
     for (const auto& [place, failure] : failures_) {
-      touched = touched || (!failure.settled && failure.touched);
-      in_progress = in_progress || (!failure.settled && being_changed(lock, failure.data));
+      if (!failure.settled) {
+        touched = touched || failure.touched;
+        for (const Progress& change : in_progress_) {
+          const bool here = change.range.overlaps(failure.data);
+          earlier = earlier || (here && change.number <= awaited_);
+          later = later || (here && change.number > awaited_);
+        }
+      }
     }
     const bool late = std::chrono::steady_clock::now() >= deadline;
-    if (in_progress)
-      changed_.wait(lock);
-    else if (touched && !late)
+    if (earlier) {
+      has_waited = true;
+      wait_for_change(lock, *interruption_);
+    } else if (late) {
+      return touched && (!std::exchange(looked_last_, true) || has_waited);
+    } else if (touched && !later) {
       return true;
-    else if (late)
-      return touched && !std::exchange(looked_last_, true);
-    else
-      changed_.wait_until(lock, deadline);
+    } else {
+      wait_for_change(lock, *interruption_, deadline);
+    }
   }
 }
 

@@ -7,9 +7,11 @@
 #include "qcow2/decoded_streams.hpp"
 #include "qcow2/header.hpp"
 #include "qcow2/table_follower.hpp"
+#include "qcow2/verdicts.hpp"
 #include "statistics.hpp"
 
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -24,6 +26,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -42,23 +45,31 @@ namespace qcowcache {
 ///   for the first time its old content is read once, since its entries are not new. The header is
 ///   looked at in each check after a write to it.
 /// - A check goes through the new entries. One whose stream is remembered is good; others are read,
-///   through the cache, and decoded. What was good is not looked at again. What was not stays new,
-///   so that every later check fails, too, until it is repaired; it is decoded again only when
-///   something was written there.
+///   through the cache, and decoded. What was good is not looked at again before bytes that it
+///   names are written, zeroed or trimmed: then it is new again, in whatever table it stands. What
+///   was not good stays new, so that every later check fails, too, until it is repaired; it is
+///   decoded again only when something was written there.
 ///
 /// QEMU publishes an entry before its data has arrived when many requests are in flight. So no
 /// write is ever looked at for what is missing, held back or refused; and a check that finds
-/// something bad first waits for writes in progress there, and then a while for late ones.
+/// something bad first waits for writes there that had begun before it, and then a while for late
+/// ones.
+///
+/// The image is a client's, and may be made to cost work: so a stream, or a table, that many
+/// entries name is looked at once in a check, decoding goes by turns with those of other images
+/// (`DecompressorPool`), a write decodes only where nobody has to wait for that, and a check ends
+/// as soon as nobody needs it.
 ///
 /// Only the active L1 table is followed: what a snapshot's table names was reachable before. The
 /// tables of an image with features that nobody knows are not followed: QEMU refuses to open it.
 ///
 /// Copies of tables, remembered streams and data that waits to be decoded count in the memory
-/// budget, up to an eighth of it; with less, more is read again. Nothing here fails a request but a
-/// check: should memory be lacking even to keep track, all tables are looked at in the next one.
-/// Beside that a verifier remembers up to 256 failures (50 KiB); a change of a table for the first
-/// time needs a cluster, and a check up to 512 KiB, a table, and 1 MiB or two clusters, while they
-/// last.
+/// budget, up to an eighth of it for all verifiers together; with less, more is read again. Nothing
+/// here fails a request but a check: should memory be lacking even to keep track, all tables are
+/// looked at in the next one. Beside that a verifier remembers up to 256 failures (50 KiB), and
+/// 4096 ranges that were changed (64 KiB, and twice that in a check; of more the closest become
+/// one); a change of a table for the first time needs a cluster, and a check up to 1 MiB, a table,
+/// and 1 MiB or two clusters, while they last.
 ///
 /// Thread safe. Calls the image with no mutex held but that of checks.
 class Verifier {
@@ -105,18 +116,40 @@ public:
     std::function<void(std::size_t waiting)> wake;
     /// What an earlier verifier of this file left.
     Left left;
+    /// The first check looks at all that the image has, changed or not.
+    bool everything = false;
     /// Who decodes; for all verifiers of the server. Not null.
     std::shared_ptr<DecompressorPool> decompressors = std::make_shared<DecompressorPool>();
+    /// Their memory. Not null.
+    std::shared_ptr<MemoryShare> memory = usual_memory();
+    /// Whether nobody needs any more what the calling thread is doing: its client is gone, or the
+    /// server ends. Called with no mutex held, every 10 ms or less often. Nothing: never.
+    std::function<bool()> interrupted;
     /// Where clusters are counted that were found readable, and that were not.
     std::shared_ptr<Counters> counters = std::make_shared<Counters>();
   };
 
+  /// An eighth of the budget.
+  [[nodiscard]] static std::shared_ptr<MemoryShare> usual_memory() {
+    return std::make_shared<MemoryShare>(8);
+  }
+
   enum class Outcome { clean, damaged };
+
+  /// A check came to no end because nobody needs it. ESHUTDOWN.
+  class Interrupted : public std::system_error {
+  public:
+    Interrupted() : std::system_error(ESHUTDOWN, std::generic_category()) {}
+    [[nodiscard]] const char* what() const noexcept override {
+      return "interrupted by the end of the server or of the connection";
+    }
+  };
 
 private:
   /// A change that has begun and has not ended.
   struct Progress {
     ByteRange range;
+    std::uint64_t number = 0;
     /// Another one overlapped it, so that nobody knows which of their bytes are there now.
     bool crossed = false;
   };
@@ -173,10 +206,16 @@ public:
   ~Verifier();
 
   /// Checks what became reachable by changes that have been made before the call. Throws
-  /// std::system_error when some of the image cannot be read; the next check then does the rest.
+  /// std::system_error when some of the image cannot be read, or Interrupted; the next check then
+  /// does the rest.
+  ///
+  /// Other clients delay it by what is being checked for them at the moment, and by writes that had
+  /// begun before it; what they do after that delays it no longer than `patience`.
   Outcome check(Image& image);
   /// Whether a check has anything to do, or would fail.
   [[nodiscard]] bool has_work() const;
+  /// Whether one is needed at the end of a connection: nobody asked for a look at everything then.
+  [[nodiscard]] bool has_work_at_end() const;
   /// Others changed the range. What they did before the first change here counts as old, and is for
   /// their own verifier to look at.
   void forget(const ByteRange& range) noexcept;
@@ -198,8 +237,9 @@ public:
   /// For the next verifier of the file: what could not be read, or was not looked at since an
   /// earlier verifier left it.
   [[nodiscard]] Left left() const;
-  /// Tells the operator, and nobody else is there to be told, that a check threw `why`.
-  void report_unchecked(const std::string& why) const;
+  /// Tells the operator, and nobody else is there to be told, that a check threw `why`; once, until
+  /// a check comes to its end.
+  void report_unchecked(const std::string& why);
 
 private:
   using Lock = std::unique_lock<std::mutex>;
@@ -243,6 +283,39 @@ private:
     ByteRange data;
   };
 
+  /// What was found in a table.
+  struct Tally {
+    std::uint64_t good = 0;
+    std::uint64_t good_bytes = 0;
+    /// Entries that are not known to be good.
+    std::size_t failed = 0;
+    /// Those of them that cannot be read, and the first of these.
+    std::size_t bad = 0;
+    std::vector<Entry> some_bad;
+  };
+  /// A table that was looked at in this round, and has not changed since.
+  struct Looked {
+    /// Nothing: it has a copy, or is being looked at.
+    std::optional<Tally> tally;
+  };
+
+  /// Finds out, not too often, whether the calling thread's work is still needed.
+  class Interruption {
+  public:
+    explicit Interruption(const std::function<bool()>& interrupted);
+    /// Whether it is time to ask again.
+    [[nodiscard]] bool due() const;
+    /// Asks if it is time to, and throws Interrupted. REQUIRES: no mutex is held.
+    void confirm();
+
+  private:
+    const std::function<bool()>& interrupted_;
+    std::chrono::steady_clock::time_point asked_;
+  };
+  /// The turn of one of those who check: the others wait.
+  class Turn;
+  enum class Decoder { background, writer, check };
+
   // Functions that take a Lock need it held, and return with it held; those that are not const may
   // have released it in between.
   InProgress::iterator begin(Image& image, const ByteRange& range);
@@ -260,34 +333,54 @@ private:
   void open(Lock& lock, Image& image);
   void take_over_failing(Lock& lock, Image& image);
   void keep_old_tables(Lock& lock, Image& image, const ByteRange& range);
+  void keep_old_table(Lock& lock, Image& image, std::uint32_t index, const ByteRange& whole);
   void outdate(const Lock&, const ByteRange& range) noexcept;
   void arrived(const Lock& lock, const ByteRange& range) noexcept;
   [[nodiscard]] bool may_be_stream(const Lock&, const ByteRange& range,
                                    std::span<const std::byte> data) const;
-  void decode(Lock& lock, Jobs::iterator job, std::span<const std::byte> data);
-  void finish_decoding();
+  void decode(Lock& lock, Jobs::iterator job, std::span<const std::byte> data, Decoder decoder);
+  void finish_decoding(Lock& lock);
+  using Time = std::chrono::steady_clock::time_point;
+  void wait_for_change(Lock& lock, Interruption& interruption, std::optional<Time> until = {});
+  void confirm(Lock& lock);
+  [[nodiscard]] bool has_work(const Lock&) const;
 
   [[nodiscard]] bool being_changed(const Lock&, const ByteRange& range) const;
+  void forget_looked(const Lock&, const ByteRange& range) noexcept;
+  void note_table(const Lock&, std::uint64_t offset);
+  void note_rewritten(const Lock&, const ByteRange& range) noexcept;
+  [[nodiscard]] bool has_rewritten(const Lock&) const noexcept;
   void look(Lock& lock, Image& image);
+  void renew(Lock& lock, Image& image);
+  bool renew_unread(Lock& lock, Image& image, std::uint32_t index, std::span<std::byte> table);
   void refresh_header(Lock& lock, Image& image);
   void refresh_l1(Lock& lock, Image& image);
   void refresh_tables(Lock& lock, Image& image);
   void look_at_everything(Lock& lock, Image& image);
   void look_at_unchecked(Lock& lock, Image& image);
-  std::size_t look_at_table(Lock& lock, Image& image, std::uint32_t l1_index,
+  void refresh_table(Lock& lock, Image& image, std::uint32_t index, std::span<std::byte> table);
+  std::size_t look_at_table(Lock& lock, Image& image, std::uint32_t l1_index, std::uint64_t offset,
                             std::span<const std::byte> table);
-  std::size_t look_at(Lock& lock, Image& image, std::span<const Entry> entries);
-  std::size_t read_and_decode(Lock& lock, Image& image, std::span<const Candidate> candidates);
-  void good(const Lock&, const Entry& entry, std::uint64_t size);
-  void bad(const Lock&, const Candidate& candidate, const char* reason, bool touched);
-  bool wait_for_late(Lock& lock, std::chrono::steady_clock::time_point deadline);
+  std::size_t look_at_twin(Lock& lock, Image& image, std::uint32_t l1_index, const Tally& twin);
+  void look_at(Lock& lock, Image& image, std::span<const Entry> entries, Tally& tally);
+  void read_and_decode(Lock& lock, Image& image, std::span<const Candidate> candidates,
+                       Tally& tally);
+  void good(const Lock&, const Entry& entry, std::uint64_t size, Tally& tally);
+  void count_good(const Lock&, std::uint64_t clusters, std::uint64_t bytes);
+  void bad(const Lock&, const Candidate& candidate, const char* reason, bool touched, Tally& tally);
+  static void note_bad(const Entry& entry, Tally& tally);
+  bool wait_for_late(Lock& lock, Time deadline);
   void settle_and_report(const Lock&);
 
   const Settings settings_;
-  std::mutex check_mutex_;
+  DecompressorPool::Account account_;
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
+  /// Those who check, or wait for their turn: the first one does.
+  std::list<char> turns_;
+  /// Of the check that is running; only its thread uses it.
+  std::optional<Interruption> interruption_;
   CountedMemory memory_;
   qcow2::DecodedStreams streams_;
   qcow2::TableFollower tables_;
@@ -302,6 +395,9 @@ private:
   /// Something that a check follows was changed since its round began.
   bool tables_changed_ = false;
   InProgress in_progress_;
+  std::uint64_t last_change_ = 0;
+  /// The last change that had begun when the check that is running was asked for.
+  std::uint64_t awaited_ = 0;
   /// By L1 index.
   std::map<std::uint32_t, Kept> being_kept_;
   /// How many changes are in progress that could not be noted.
@@ -309,9 +405,16 @@ private:
   Jobs jobs_;
   std::uint64_t last_job_ = 0;
   std::size_t waiting_ = 0;
+  /// What was changed since the last check began, and what that one has still to look for: entries
+  /// that name bytes in there are new again.
+  ByteRanges rewritten_;
+  ByteRanges renewing_;
   /// What a check has read and is decoding, and where others have written meanwhile.
   ByteRange watched_;
   ByteRanges written_while_watched_;
+  /// What the check that is running has found out, by streams, and by where tables are.
+  qcow2::Verdicts verdicts_;
+  std::map<std::uint64_t, Looked> looked_;
   std::map<Place, Failure> failures_;
   /// Failures of the last round beyond those.
   std::size_t more_failures_ = 0;
@@ -321,6 +424,8 @@ private:
   std::exception_ptr unread_;
   /// The last check threw.
   bool cut_off_ = false;
+  /// What the operator was told of why.
+  std::string told_why_;
   /// It did not look at clusters that lie behind what its image could read.
   bool left_out_ = false;
   std::uint64_t round_ = 0;

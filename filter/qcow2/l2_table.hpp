@@ -1,5 +1,6 @@
 #pragma once
 
+#include "../byte_ranges.hpp"
 #include "header.hpp"
 
 #include <cstddef>
@@ -20,6 +21,7 @@ struct CompressedCluster {
   /// 1 byte to two clusters.
   std::uint32_t length = 0;
 
+  [[nodiscard]] ByteRange range() const noexcept { return {offset, offset + length}; }
   friend bool operator==(const CompressedCluster&, const CompressedCluster&) noexcept = default;
 };
 

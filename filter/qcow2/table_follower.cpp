@@ -14,6 +14,8 @@ namespace {
 
 /// Clients write zeros in many places: what is beyond this number is only read once more.
 constexpr std::size_t most_zero_ranges = 1024;
+/// More than so many tables that change their place are sorted together.
+constexpr std::size_t few = 8;
 constexpr std::size_t bits = 64;
 
 bool same_layout(const Header& left, const Header& right) noexcept {
@@ -38,6 +40,7 @@ void TableFollower::clear() noexcept {
   lost_touched_ = false;
   learning_ = false;
   l1_.clear();
+  named_.clear();
   by_offset_.clear();
   copies_.clear();
 }
@@ -56,6 +59,7 @@ void TableFollower::begin_looking_at_everything() noexcept {
   lost_touched_ = false;
   learning_ = false;
   l1_.clear();
+  named_.clear();
   by_offset_.clear();
   try {
     make_l1();
@@ -67,12 +71,13 @@ void TableFollower::begin_looking_at_everything() noexcept {
 
 void TableFollower::looked_at_table(std::uint32_t l1_index, std::uint64_t offset) noexcept {
   if (lost_ && learning_ && l1_index < l1_.size())
-    place(l1_index, offset);
+    l1_[l1_index] = offset;
 }
 
 void TableFollower::follow_again() noexcept {
   if (!lost_ || !learning_ || lost_touched_ || l1_.size() != header_->l1.entries)
     return;
+  sort_by_offset(0, static_cast<std::uint32_t>(l1_.size()));
   lost_ = false;
   learning_ = false;
 }
@@ -97,9 +102,33 @@ void TableFollower::l1_entries(std::uint32_t first, std::span<const std::byte> b
   if (lost_)
     return;
   try {
-    for (std::size_t at = 0; at + l1_entry_size <= bytes.size(); at += l1_entry_size)
-      set_l1_entry(first + static_cast<std::uint32_t>(at / l1_entry_size), l1_entry(bytes, at),
-                   old);
+    const std::size_t whole = bytes.size() / l1_entry_size;
+    const auto count = static_cast<std::uint32_t>(
+        std::min<std::size_t>(whole, header_->l1.entries - std::min(first, header_->l1.entries)));
+    const auto offset_of = [&](std::uint32_t index) {
+      return l2_table_offset(l1_entry(bytes, std::size_t{index - first} * l1_entry_size), *header_)
+          .value_or(0);
+    };
+    const auto differs = [&](std::uint32_t index) {
+      return offset_of(index) != (index < l1_.size() ? l1_[index] : 0);
+    };
+    std::size_t moved = 0;
+    for (std::uint32_t index = first; index < first + count; ++index)
+      moved += differs(index) ? 1U : 0U;
+    if (moved > 0 && first + count > l1_.size())
+      make_l1();
+    for (std::uint32_t index = first; moved > 0 && index < first + count; ++index) {
+      if (!differs(index))
+        continue;
+      named_[index] = {};
+      set_l1_entry(index, offset_of(index), old);
+      if (moved > few)
+        l1_[index] = offset_of(index);
+      else
+        place(index, offset_of(index));
+    }
+    if (moved > few)
+      sort_by_offset(first, first + count);
   } catch (const std::bad_alloc&) {
     lose();
   }
@@ -108,24 +137,19 @@ void TableFollower::l1_entries(std::uint32_t first, std::span<const std::byte> b
 void TableFollower::end_reading_l1() noexcept {
   if (lost_)
     return;
-  while (l1_.size() > header_->l1.entries) {
-    place(static_cast<std::uint32_t>(l1_.size() - 1), 0);
-    copies_.erase(static_cast<std::uint32_t>(l1_.size() - 1));
-    l1_.pop_back();
+  if (const std::uint32_t entries = header_->l1.entries; l1_.size() > entries) {
+    std::erase_if(by_offset_, [entries](std::uint32_t index) { return index >= entries; });
+    copies_.erase(copies_.lower_bound(entries), copies_.end());
+    l1_.resize(entries);
+    named_.resize(entries);
   }
   l1_stale_ = l1_touched_;
   l1_touched_ = false;
 }
 
-void TableFollower::set_l1_entry(std::uint32_t index, std::uint64_t value, bool old) {
-  if (index >= header_->l1.entries)
-    return;
-  const std::uint64_t offset = l2_table_offset(value, *header_).value_or(0);
-  if (index >= l1_.size())
-    make_l1();
+/// The entry is going to name a table at `offset`, 0 for none, and not the one that it names now.
+void TableFollower::set_l1_entry(std::uint32_t index, std::uint64_t offset, bool old) {
   const std::uint64_t before = l1_[index];
-  if (offset == before)
-    return;
   if (offset == 0) {
     copies_.erase(index);
   } else if (!old) {
@@ -144,10 +168,11 @@ void TableFollower::set_l1_entry(std::uint32_t index, std::uint64_t value, bool 
         std::ranges::fill(copy.unchecked, 0);
         copy.unchecked_count = 0;
         copy.stale = false;
+        any_checked_ = true;
+        named_[index] = Extent::none();
       }
     }
   }
-  place(index, offset);
 }
 
 /// Allocates about so many bytes, if need be after others have given up theirs. Throws
@@ -172,8 +197,9 @@ auto TableFollower::with_room(std::size_t bytes, Allocate allocate) {
 /// Makes room for all entries of the L1 table, here and in their order. Throws std::bad_alloc.
 void TableFollower::make_l1() {
   const std::size_t entries = header_->l1.entries;
-  with_room(entries * (sizeof l1_[0] + sizeof by_offset_[0]), [this, entries] {
+  with_room(entries * (sizeof l1_[0] + sizeof named_[0] + sizeof by_offset_[0]), [this, entries] {
     by_offset_.reserve(entries);
+    named_.resize(entries);
     l1_.resize(entries);
   });
 }
@@ -181,21 +207,36 @@ void TableFollower::make_l1() {
 /// Without keeping their memory for later, which others can use.
 void TableFollower::free_l1() noexcept {
   decltype(l1_)(memory_).swap(l1_);
+  decltype(named_)(memory_).swap(named_);
   decltype(by_offset_)(memory_).swap(by_offset_);
 }
 
 /// The table of this index is at `offset`, 0 for nowhere.
 void TableFollower::place(std::uint32_t index, std::uint64_t offset) {
   const auto position = [this](std::uint32_t wanted) {
-    return std::partition_point(by_offset_.begin(), by_offset_.end(), [&](std::uint32_t other) {
-      return std::pair(l1_[other], other) < std::pair(l1_[wanted], wanted);
-    });
+    return std::partition_point(by_offset_.begin(), by_offset_.end(),
+                                [&](std::uint32_t other) { return is_before(other, wanted); });
   };
   if (l1_[index] != 0)
     by_offset_.erase(position(index));
   l1_[index] = offset;
   if (offset != 0)
     by_offset_.insert(position(index), index); // `make_l1` has made room
+}
+
+/// The tables from `first` to before `end` may be anywhere, and the others are in their order.
+void TableFollower::sort_by_offset(std::uint32_t first, std::uint32_t end) {
+  std::erase_if(by_offset_, [=](std::uint32_t index) { return index >= first && index < end; });
+  const auto others = static_cast<std::ptrdiff_t>(by_offset_.size());
+  for (std::uint32_t index = first; index < end; ++index) {
+    if (l1_[index] != 0)
+      by_offset_.push_back(index); // `make_l1` has made room
+  }
+  const auto before = [this](std::uint32_t left, std::uint32_t right) {
+    return is_before(left, right);
+  };
+  std::sort(by_offset_.begin() + others, by_offset_.end(), before);
+  std::inplace_merge(by_offset_.begin(), by_offset_.begin() + others, by_offset_.end(), before);
 }
 
 // ---- Copies of L2 tables
@@ -233,7 +274,8 @@ bool TableFollower::allocate(Copy& copy) noexcept {
 }
 
 void TableFollower::drop_checked_copies() noexcept {
-  std::erase_if(copies_, [](const auto& item) { return !item.second.has_work(); });
+  if (std::exchange(any_checked_, false))
+    std::erase_if(copies_, [](const auto& item) { return !item.second.has_work(); });
 }
 
 void TableFollower::apply(Copy& copy, std::uint32_t l2_index, std::uint64_t value) noexcept {
@@ -249,6 +291,63 @@ void TableFollower::apply(Copy& copy, std::uint32_t l2_index, std::uint64_t valu
   else if (entry == 0 && was_unchecked)
     --copy.unchecked_count;
   word = entry != 0 ? word | bit : word & ~bit;
+}
+
+void TableFollower::Extent::extend(const CompressedCluster& cluster) noexcept {
+  constexpr unsigned unit = 20;
+  const auto in_units = [](std::uint64_t at) {
+    return static_cast<std::uint32_t>(std::min<std::uint64_t>(at >> unit, UINT32_MAX));
+  };
+  first = std::min(first, in_units(cluster.offset));
+  last = std::max(last, in_units(cluster.offset + cluster.length - 1));
+}
+
+ByteRange TableFollower::Extent::bytes() const noexcept {
+  constexpr unsigned unit = 20;
+  return {std::uint64_t{first} << unit,
+          last == UINT32_MAX ? UINT64_MAX : (std::uint64_t{last} + 1) << unit};
+}
+
+void TableFollower::note_content(std::uint32_t l1_index,
+                                 std::span<const std::byte> table) noexcept {
+  if (lost_ || l1_index >= l1_.size())
+    return;
+  named_[l1_index] = Extent::none();
+  for (std::uint32_t i = 0; i < header_->l2_entries(); ++i) {
+    const std::uint64_t value = l2_entry(table, i, *header_);
+    if (is_compressed(value))
+      named_[l1_index].extend(compressed_cluster(value, *header_));
+  }
+}
+
+std::optional<std::uint32_t> TableFollower::named_from(std::uint32_t l1_index,
+                                                       const ByteRanges& ranges) const noexcept {
+  if (lost_)
+    return std::nullopt;
+  for (std::uint32_t index = l1_index; index < l1_.size(); ++index) {
+    if (l1_[index] != 0 && ranges.overlaps(named_[index].bytes()) &&
+        (is_unread(index) || has_copy(index)))
+      return index;
+  }
+  return std::nullopt;
+}
+
+void TableFollower::renew(std::uint32_t l1_index, const ByteRanges& ranges) noexcept {
+  const Copy& copy = *copy_of(l1_index);
+  for (std::uint32_t i = 0; i < copy.entries.size(); ++i) {
+    const std::uint64_t value = copy.entries[i];
+    if (value != 0 && ranges.overlaps(compressed_cluster(value, *header_).range()))
+      uncheck({l1_index, i, value});
+  }
+}
+
+bool TableFollower::names(std::span<const std::byte> table, const ByteRanges& ranges) const {
+  for (std::uint32_t i = 0; i < header_->l2_entries(); ++i) {
+    const std::uint64_t value = l2_entry(table, i, *header_);
+    if (is_compressed(value) && ranges.overlaps(compressed_cluster(value, *header_).range()))
+      return true;
+  }
+  return false;
 }
 
 void TableFollower::load_checked(std::uint32_t l1_index,
@@ -267,7 +366,10 @@ void TableFollower::load_checked(std::uint32_t l1_index,
         copy.entries[i] = is_compressed(value) ? value : 0;
       }
     }
+    if (is_new) // else it is what stood here before
+      note_content(l1_index, table);
     copy.stale = stale;
+    any_checked_ = true;
     if (copy.entries.empty() && !stale)
       copies_.erase(l1_index);
   } catch (const std::bad_alloc&) {
@@ -312,10 +414,12 @@ bool TableFollower::load(std::uint32_t l1_index, std::span<const std::byte> tabl
     return true;
   if (!allocate(*copy))
     return false;
+  note_content(l1_index, table);
   for (std::uint32_t i = 0; i < copy->entries.size(); ++i)
     apply(*copy, i, l2_entry(table, i, *header_));
   copy->replaced = 0;
   copy->stale = copy->touched;
+  any_checked_ = true;
   return true;
 }
 
@@ -355,6 +459,7 @@ void TableFollower::checked(const Entry& entry) noexcept {
   if ((word & bit) != 0)
     --copy->unchecked_count;
   word &= ~bit;
+  any_checked_ = true;
 }
 
 void TableFollower::uncheck(const Entry& entry) noexcept {
@@ -376,31 +481,39 @@ bool TableFollower::has_work() const noexcept {
 
 // ---- What is written
 
-template <typename Function>
-void TableFollower::for_each_table(const ByteRange& range, Function function) const {
+std::pmr::vector<std::uint32_t>::const_iterator
+TableFollower::first_table(const ByteRange& range) const noexcept {
   if (!header_ || lost_)
-    return;
+    return by_offset_.end();
   const std::uint64_t size = header_->cluster_size();
-  auto it = std::partition_point(by_offset_.begin(), by_offset_.end(), [&](std::uint32_t index) {
+  return std::partition_point(by_offset_.begin(), by_offset_.end(), [&](std::uint32_t index) {
     return l1_[index] + size <= range.begin;
   });
-  for (; it != by_offset_.end() && l1_[*it] < range.end; ++it)
+}
+
+template <typename Function>
+void TableFollower::for_each_table(const ByteRange& range, Function function) const {
+  for (auto it = first_table(range); it != by_offset_.end() && l1_[*it] < range.end; ++it)
     function(*it);
 }
 
-std::optional<std::uint32_t> TableFollower::unread_in(const ByteRange& range) const noexcept {
-  std::optional<std::uint32_t> found;
-  for_each_table(range, [&](std::uint32_t index) {
-    if (!found && copy_of(index) == nullptr)
-      found = index;
-  });
-  return found;
+std::optional<std::uint32_t>
+TableFollower::unread_in(const ByteRange& range,
+                         std::optional<std::uint32_t> before) const noexcept {
+  auto it = first_table(range);
+  if (before && has_table(*before) && it != by_offset_.end() && !is_before(*before, *it))
+    it = std::partition_point(it, by_offset_.end(),
+                              [&](std::uint32_t index) { return !is_before(*before, index); });
+  for (; it != by_offset_.end() && l1_[*it] < range.end; ++it) {
+    if (is_unread(*it))
+      return *it;
+  }
+  return std::nullopt;
 }
 
 bool TableFollower::is_table(const ByteRange& range) const noexcept {
-  bool found = range.overlaps(l1_range());
-  for_each_table(range, [&](std::uint32_t /*index*/) { found = true; });
-  return found;
+  const auto first = first_table(range);
+  return range.overlaps(l1_range()) || (first != by_offset_.end() && l1_[*first] < range.end);
 }
 
 /// `entry_at` gives the entry that begins at an offset in the file; nothing: no entry is known.
@@ -417,10 +530,16 @@ void TableFollower::write_tables(const ByteRange& range, const EntryAt& entry_at
       if (copy.stale || copy.entries.empty() || !whole_entries || !entry_at) {
         copy.stale = true;
         copy.touched = true;
+        named_[index] = {};
         return;
       }
-      for (std::uint64_t at = part.begin; at < part.end; at += entry_size)
-        apply(copy, static_cast<std::uint32_t>((at - offset) / entry_size), entry_at(at));
+      for (std::uint64_t at = part.begin; at < part.end; at += entry_size) {
+        const std::uint64_t value = entry_at(at);
+        if (is_compressed(value))
+          named_[index].extend(compressed_cluster(value, *header_));
+        apply(copy, static_cast<std::uint32_t>((at - offset) / entry_size), value);
+      }
+      any_checked_ = true;
     });
   } catch (const std::bad_alloc&) {
     lose();

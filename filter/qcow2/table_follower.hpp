@@ -24,7 +24,9 @@ namespace qcowcache::qcow2 {
 ///
 /// The L1 table is held in memory, an L2 table only once something of it has changed: a copy of its
 /// compressed entries, with a bit for each that is unchecked. What an entry's place in the previous
-/// table had already is not new; so a snapshot's copy of a table brings no work.
+/// table had already is not new; so a snapshot's copy of a table brings no work. Of each table that
+/// was ever read it is known about where the clusters are that it names, so that few have to be
+/// read once more when bytes are written that an entry may name: then such an entry is new again.
 ///
 /// When there is no memory for a table's copy, all its entries count as new whenever it changes.
 /// When there is none to keep track at all, `lost` says so, and every table has to be looked at.
@@ -48,8 +50,8 @@ public:
   explicit TableFollower(
       std::pmr::memory_resource* memory,
       MakeRoom make_room = [](std::size_t /*bytes*/) { return false; })
-      : memory_(memory), make_room_(std::move(make_room)), l1_(memory), by_offset_(memory),
-        copies_(memory) {}
+      : memory_(memory), make_room_(std::move(make_room)), l1_(memory), named_(memory),
+        by_offset_(memory), copies_(memory) {}
 
   /// Forgets everything; there is no image.
   void clear() noexcept;
@@ -78,8 +80,14 @@ public:
   void changed(const ByteRange& range) noexcept;
 
   /// A table that the range overlaps, whose content counts as checked but is not in memory: it has
-  /// to be read before it changes.
-  [[nodiscard]] std::optional<std::uint32_t> unread_in(const ByteRange& range) const noexcept;
+  /// to be read before it changes. The first, or the next behind that of `before`.
+  [[nodiscard]] std::optional<std::uint32_t>
+  unread_in(const ByteRange& range,
+            std::optional<std::uint32_t> before = std::nullopt) const noexcept;
+  /// REQUIRES: the L1 table names one with this index.
+  [[nodiscard]] bool is_unread(std::uint32_t l1_index) const noexcept {
+    return copy_of(l1_index) == nullptr;
+  }
   /// Whether the range has a part of the L1 table or of an L2 table in it.
   [[nodiscard]] bool is_table(const ByteRange& range) const noexcept;
   [[nodiscard]] bool has_table(std::uint32_t l1_index) const noexcept {
@@ -104,11 +112,32 @@ public:
   /// entries of its successor are new.
   void forget_replaced(const ByteRange& range) noexcept;
   void begin_reading(std::uint32_t l1_index) noexcept;
+  /// Whether all entries of this table are new, and it has no copy yet.
+  [[nodiscard]] bool all_new(std::uint32_t l1_index) const noexcept {
+    const Copy* copy = copy_of(l1_index);
+    return copy != nullptr && copy->entries.empty() && copy->replaced == 0;
+  }
   /// The table has this content. Returns false when there is no memory for a copy: then the caller
   /// has to look at all of its compressed entries, and calls `looked_at_all`.
   [[nodiscard]] bool load(std::uint32_t l1_index, std::span<const std::byte> table) noexcept;
   /// All entries of a table without a copy were found good, or not.
   void looked_at_all(std::uint32_t l1_index, bool good) noexcept;
+
+  /// A table with this index or a higher one that may name bytes in the ranges, and whose entries
+  /// do not all count as new anyway.
+  [[nodiscard]] std::optional<std::uint32_t> named_from(std::uint32_t l1_index,
+                                                        const ByteRanges& ranges) const noexcept;
+  /// Whether its entries are in memory.
+  [[nodiscard]] bool has_copy(std::uint32_t l1_index) const noexcept {
+    const Copy* copy = copy_of(l1_index);
+    return copy != nullptr && !copy->entries.empty();
+  }
+  /// The clusters are to be checked again that name bytes in the ranges. REQUIRES: `has_copy`.
+  void renew(std::uint32_t l1_index, const ByteRanges& ranges) noexcept;
+  /// Whether the table has entries that name bytes in the ranges.
+  [[nodiscard]] bool names(std::span<const std::byte> table, const ByteRanges& ranges) const;
+  /// A table that is not in memory has this content.
+  void note_content(std::uint32_t l1_index, std::span<const std::byte> table) noexcept;
 
   /// The first unchecked cluster at or behind this place.
   [[nodiscard]] std::optional<Entry> unchecked_from(std::uint32_t l1_index,
@@ -156,11 +185,23 @@ private:
     [[nodiscard]] bool has_work() const noexcept { return stale || unchecked_count > 0; }
   };
 
+  /// Where in the file the clusters are that a table names, in MiB, both ends included. Grows with
+  /// entries, and shrinks when the table is read.
+  struct Extent {
+    std::uint32_t first = 0;
+    std::uint32_t last = UINT32_MAX;
+
+    static Extent none() noexcept { return {UINT32_MAX, 0}; }
+    void extend(const CompressedCluster& cluster) noexcept;
+    [[nodiscard]] ByteRange bytes() const noexcept;
+  };
+
   /// The entry that begins at an offset in the file.
   using EntryAt = std::function<std::uint64_t(std::uint64_t at)>;
 
-  void set_l1_entry(std::uint32_t index, std::uint64_t value, bool old);
+  void set_l1_entry(std::uint32_t index, std::uint64_t offset, bool old);
   void place(std::uint32_t index, std::uint64_t offset);
+  void sort_by_offset(std::uint32_t first, std::uint32_t end);
   Copy* copy_of(std::uint32_t index) noexcept;
   [[nodiscard]] const Copy* copy_of(std::uint32_t index) const noexcept;
   Copy& make_copy(std::uint32_t index);
@@ -171,6 +212,11 @@ private:
   void free_l1() noexcept;
   static void apply(Copy& copy, std::uint32_t l2_index, std::uint64_t value) noexcept;
   void note_zeros(const ByteRange& range, bool zeros) noexcept;
+  [[nodiscard]] bool is_before(std::uint32_t left, std::uint32_t right) const noexcept {
+    return std::pair(l1_[left], left) < std::pair(l1_[right], right);
+  }
+  [[nodiscard]] std::pmr::vector<std::uint32_t>::const_iterator
+  first_table(const ByteRange& range) const noexcept;
   template <typename Function>
   void for_each_table(const ByteRange& range, Function function) const;
   void write_tables(const ByteRange& range, const EntryAt& entry_at) noexcept;
@@ -186,12 +232,16 @@ private:
   bool learning_ = false;
   /// Offsets of the tables, 0 for none.
   std::pmr::vector<std::uint64_t> l1_;
+  /// By index, too.
+  std::pmr::vector<Extent> named_;
   /// The indices of those that exist, sorted by offset, then by index.
   std::pmr::vector<std::uint32_t> by_offset_;
   /// By index.
   std::pmr::map<std::uint32_t, Copy> copies_;
   /// Some of them may have a `replaced`.
   bool any_replaced_ = false;
+  /// Some of them may have no work.
+  bool any_checked_ = false;
   /// Ranges written with zeros only: a new table there is known without being read.
   ByteRanges zeros_;
 };

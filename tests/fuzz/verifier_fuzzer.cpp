@@ -4,6 +4,7 @@
 
 #include "targets.hpp"
 
+#include "byte_ranges.hpp"
 #include "compressed_bytes.hpp"
 #include "copy_bytes.hpp"
 #include "image_bytes.hpp"
@@ -290,6 +291,7 @@ private:
     copy_bytes(data, image_.bytes.begin() + static_cast<std::ptrdiff_t>(offset));
   }
   Change begin_change(const ByteRange& range) {
+    rewritten_.add(range);
     opening_ = std::exchange(unused_, false);
     const Opening opening{opening_};
     return {verifier_.get(), image_, range};
@@ -462,9 +464,20 @@ private:
     }
   }
 
+  /// Entries that name what was written, zeroed or trimmed are new again.
+  void forget_rewritten() {
+    const auto header = qcow2::parse_header(std::span(image_.bytes).first(qcow2::header_bytes));
+    if (!header)
+      return;
+    std::erase_if(known_, [&](const Place& place) {
+      return rewritten_.overlaps(qcow2::compressed_cluster(std::get<2>(place), *header).range());
+    });
+  }
+
   /// `changing`: of what is being changed a check may see either state.
   void check(bool changing = false) {
     image_.refused = false;
+    forget_rewritten();
     met_ = false;
     opening_ = unused_;
     std::optional<Outcome> outcome;
@@ -474,6 +487,8 @@ private:
       require(image_.refused, "a check failed, and no read had");
     }
     opening_ = false;
+    if (!changing) // else it is still being written
+      rewritten_.clear();
     const Found found = know(false);
     if (!outcome || changing || met_ || outsized_)
       return;
@@ -500,6 +515,8 @@ private:
   std::uint64_t l1_at_ = 0;
   /// What no check needs to look at: it was good once, or there before the verifier.
   std::set<Place> known_;
+  /// What was changed since the check before.
+  ByteRanges rewritten_;
   /// The verifier has seen no change.
   bool unused_ = true;
   /// It is seeing the first one.

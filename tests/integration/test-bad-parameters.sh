@@ -76,7 +76,7 @@ done
 
 # Parameters that come with later features, where this build has them.
 if has_parameter qcowcache-verify; then
-    for value in junk on 1 ""; do refused qcowcache-verify "$value" off warn error; done
+    for value in junk on 1 ""; do refused qcowcache-verify "$value" off warn error all; done
     nbdkit_refuses --filter="$FILTER" file "$work/disk" qcowcache-cluster-size=64k qcowcache-verify=error
     echo "$refusal"
     [[ $refusal == *qcowcache-cluster-size* && $refusal == *qcowcache-verify* ]] || fail "unclear: $refusal"

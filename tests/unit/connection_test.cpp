@@ -2,6 +2,7 @@
 
 #include "cached_image.hpp"
 #include "catch.hpp"
+#include "compressed_bytes.hpp"
 #include "damaged_image.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
@@ -30,8 +31,15 @@ std::shared_ptr<MemoryDisk> image(std::uint64_t size) {
 class Verifying {
 public:
   [[nodiscard]] Exports& exports() noexcept { return exports_; }
+  [[nodiscard]] const MemoryBudget& budget() const noexcept { return budget_; }
   /// What the operator was told, line by line.
   std::vector<std::string> told;
+  std::atomic<bool> interrupted = false;
+  std::shared_ptr<MemoryShare> verify_memory = Verifier::usual_memory();
+  std::shared_ptr<DecompressorPool> decompressors = std::make_shared<DecompressorPool>(1);
+  /// None of them works unless it is started.
+  Writeback writeback;
+  Writeback decoders;
 
 private:
   Export::Settings settings() {
@@ -41,6 +49,11 @@ private:
     settings.report_damage = [this](const std::string& name, const std::string& line) {
       told.push_back(name + ": " + line);
     };
+    settings.interrupted = [this] { return interrupted.load(); };
+    settings.verify_memory = verify_memory;
+    settings.writeback = &writeback;
+    settings.decoders = &decoders;
+    settings.decompressors = decompressors;
     return settings;
   }
 
@@ -457,6 +470,83 @@ TEST_CASE("when clusters cannot be checked at the end of a connection the operat
   }
   REQUIRE(server.told.size() == 1);
   CHECK(server.told.front().starts_with("a: compressed clusters could not be checked: "));
+}
+
+TEST_CASE("the verifiers of all exports share one memory", "[connection]") {
+  Verifying server;
+  const Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  std::vector<std::unique_ptr<VerifiedClient>> clients;
+  const std::vector<std::byte> entries{std::byte{0}, std::byte{0}, std::byte{0x10}, std::byte{0}};
+  std::size_t before = 0;
+  for (unsigned i = 0; i < 6; ++i) {
+    const auto disk = image(40 * unit);
+    disk->write(36, entries, true); // of the L1 table: 48 KiB in memory
+    disk->write(46, std::vector{std::byte{1}}, true);
+    disk->write(unit + 1, std::vector{std::byte{2}}, true);
+    clients.push_back(
+        std::make_unique<VerifiedClient>(server, std::to_string(i), disk, capabilities));
+    clients.back()->write(30 * unit, pattern(100, 1));
+    CHECK(server.verify_memory->taken() > before);
+    before = server.verify_memory->taken();
+    CHECK(before <= server.budget().limit() / 8);
+  }
+  clients.clear();
+  CHECK(server.verify_memory->taken() == 0);
+}
+
+TEST_CASE("who writes data does not wait for who decodes", "[connection]") {
+  Verifying server;
+  server.writeback.start(1);
+  server.decoders.start(1);
+  const Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  const auto hostile_disk = std::make_shared<MemoryDisk>(40 * unit);
+  hostile_disk->write(0, damaged_image(), true);
+  const auto disk = image(40 * unit);
+  VerifiedClient hostile(server, "hostile", hostile_disk, capabilities);
+  VerifiedClient healthy(server, "healthy", disk, capabilities);
+  DecompressorPool::Account account;
+  auto loan = std::make_unique<DecompressorPool::Loan>(server.decompressors->borrow(account));
+  for (unsigned i = 0; i < 10; ++i) {
+    const auto stream = deflated(compressible(1000, i));
+    hostile.write(10 * unit + i * 2000, stream);
+    healthy.write(10 * unit + i * 2000, stream);
+  }
+  const auto data = pattern(unit, 1);
+  healthy.write(20 * unit, data);
+  std::vector<std::byte> stored(unit);
+  const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+  while (stored != data && std::chrono::steady_clock::now() < give_up) {
+    std::this_thread::yield();
+    disk->read(20 * unit, stored);
+  }
+  CHECK(stored == data);
+  loan.reset();
+}
+
+TEST_CASE("a check that nobody waits for ends, and so does the one at the connection's end",
+          "[connection]") {
+  Verifying server;
+  const Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  const auto disk = std::make_shared<MemoryDisk>(40 * unit);
+  auto bytes = damaged_image();
+  // Many entries, with a stream each that takes a while.
+  for (std::size_t i = 0; i < 8192; ++i) {
+    const std::uint64_t entry =
+        std::uint64_t{0x40} << 56U | std::uint64_t{0xff} << 54U | (std::uint64_t{4} * 65536 + i);
+    for (unsigned byte = 0; byte < 8; ++byte)
+      bytes[std::size_t{2} * 65536 + i * 8 + byte] =
+          static_cast<std::byte>(entry >> (56 - 8 * byte) & 0xffU);
+  }
+  {
+    VerifiedClient client(server, "", disk, capabilities);
+    client.write(0, bytes);
+    client.write(4 * unit, deflated(std::vector<std::byte>(unit)));
+    server.interrupted = true;
+    CHECK_THROWS_AS(client.check(), Verifier::Interrupted);
+    CHECK(server.told.empty());
+    const VerifiedClient another(server, "", disk, capabilities);
+  }
+  CHECK(server.told.size() == 1); // for both of them
 }
 
 TEST_CASE("of any number of exports with clusters that cannot be read none is forgotten",

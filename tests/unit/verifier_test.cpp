@@ -10,12 +10,14 @@
 #include <cerrno>
 #include <functional>
 #include <future>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <optional>
 #include <string>
 #include <system_error>
 #include <thread>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -106,8 +108,15 @@ struct Bench {
     result.patience = patience;
     result.report = [this](const std::string& line) { reported.push_back(line); };
     result.counters = counters;
+    result.decompressors = decompressors;
+    result.interrupted = [this] {
+      std::ignore = verifier.failing(); // no mutex is held, or this would not return
+      ++asked;
+      return asked >= interrupted_from;
+    };
     return result;
   }
+  [[nodiscard]] unsigned decodings() const { return times / 2; }
   [[nodiscard]] std::uint64_t operator[](Count what) const { return counters->totals()[what]; }
 
   void write(std::uint64_t offset, std::span<const std::byte> data) {
@@ -156,8 +165,25 @@ struct Bench {
   MemoryImage image;
   std::vector<std::string> reported;
   std::shared_ptr<Counters> counters = std::make_shared<Counters>();
+  /// How often the clock was looked at: before each decoding, and after.
+  std::atomic<unsigned> times = 0;
+  std::shared_ptr<DecompressorPool> decompressors =
+      std::make_shared<DecompressorPool>(std::size_t{1}, [this] {
+        ++times;
+        return std::chrono::nanoseconds(0);
+      });
+  /// How often it was asked whether a check is needed, and since when it is not.
+  std::atomic<unsigned> asked = 0;
+  std::atomic<unsigned> interrupted_from = ~0U;
   Verifier verifier;
 };
+
+/// A piece of work that takes so long.
+void work_for(std::chrono::milliseconds time) {
+  const auto end = std::chrono::steady_clock::now() + time;
+  while (std::chrono::steady_clock::now() < end)
+    std::this_thread::yield();
+}
 
 /// For the next verifier of a file, which tells nobody.
 Verifier::Settings after(const Verifier& earlier) {
@@ -311,6 +337,136 @@ TEST_CASE("each kind of damage is found, with its reason", "[verifier]") {
   CHECK(bench.check() == Outcome::damaged);
   REQUIRE(bench.reported.size() == 1);
   CHECK(says(bench.reported, reason));
+}
+
+TEST_CASE("an entry is new again when bytes that it names are changed", "[verifier]") {
+  const auto compression = GENERATE(Compression::deflate, Compression::zstd);
+  Bench bench;
+  bench.create(compression);
+  const auto stream = compressed(compression, compressible(cluster, 1));
+  REQUIRE(stream.size() > 700);
+  const auto change = [&](const ByteRange& range, unsigned how) {
+    Verifier::Change begun(&bench.verifier, bench.image, range);
+    const std::vector<std::byte> zeros(range.size());
+    bench.image.store(range.begin, how == 1 ? zeros : pattern(range.size(), 1));
+    if (how == 0)
+      begun.wrote(pattern(range.size(), 1));
+    else if (how == 1)
+      begun.zeroed();
+    // Else trimmed, or a write that failed: nobody knows.
+  };
+  const unsigned how = GENERATE(0U, 1U, 2U);
+  bench.write(data_at, stream);
+  bench.publish(3, entry_of(data_at, stream.size()));
+  CHECK(bench.check() == Outcome::clean);
+  SECTION("in a table that is in memory") {}
+  SECTION("in one that is not") {
+    bench.budget.set_limit(0);
+    bench.verifier.shrink();
+    bench.budget.set_limit(64U << 20U);
+  }
+  SECTION("in one of which nothing but its place has ever been known") {
+    Opened opened;
+    opened.image.bytes = bench.image.bytes;
+    Verifier another(opened.settings({}), opened.budget);
+    {
+      Verifier::Change begun(&another, opened.image, {data_at, data_at + 50});
+      opened.image.store(data_at, pattern(50, 1));
+      begun.wrote(pattern(50, 1));
+    }
+    CHECK(another.has_work());
+    CHECK(another.check(opened.image) == Outcome::damaged);
+    CHECK(another.failing() == 1);
+  }
+  SECTION("where there is no memory for tables") {
+    bench.budget.set_limit(0);
+    bench.verifier.shrink();
+  }
+  // What lies beside it is none of its business.
+  change({data_at - 100, data_at}, how);
+  change({data_at + 8 * cluster, data_at + 9 * cluster}, how);
+  CHECK(bench.check() == Outcome::clean);
+  CHECK(bench.reported.empty());
+  change({data_at, data_at + 100}, how);
+  CHECK(bench.verifier.has_work());
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench.verifier.failing() == 1);
+  CHECK(says(bench.reported, "guest offset " + std::to_string(3 * cluster)));
+  bench.write(data_at, stream);
+  CHECK(bench.check() == Outcome::clean);
+}
+
+TEST_CASE("what a check had no time for is new again for the next one, too", "[verifier]") {
+  Opened bench;
+  const auto stream = deflated(compressible(cluster, 1));
+  bench.image.store(data_at, stream);
+  bench.publish(3, entry_of(data_at, stream.size()));
+  CHECK(bench.check() == Outcome::clean);
+  bench.add_table(other_at); // none is in memory
+  bench.write(data_at, pattern(100, 1));
+  SECTION("when its table cannot be read") {
+    bench.image.unreadable = {l2_at, l2_at + cluster};
+    CHECK_THROWS_AS(bench.check(), std::system_error);
+    CHECK(bench.verifier.has_work());
+    CHECK(bench.verifier.left().more);
+    bench.image.unreadable = {};
+  }
+  SECTION("when its table cannot be seen") {
+    bench.image.seen = l2_at;
+    CHECK(bench.check() == Outcome::clean);
+    CHECK(bench.verifier.has_work());
+    CHECK(bench.verifier.left().more);
+    bench.image.seen.reset();
+  }
+  SECTION("when it changes while its table is read") {
+    bench.image.meeting = {{l2_at, l2_at + cluster}, {}, [&] { bench.publish(9, 0); }};
+  }
+  CHECK(bench.check() == Outcome::damaged);
+}
+
+TEST_CASE("many scattered changes are noted about where they are", "[verifier]") {
+  Bench bench;
+  bench.image.bytes.resize(2 * image_size);
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  const std::uint64_t far = 2 * image_size - 2 * cluster;
+  bench.write(far, stream);
+  bench.publish(3, entry_of(far, stream.size()));
+  CHECK(bench.check() == Outcome::clean);
+  const auto scatter = [&] {
+    for (std::uint64_t i = 0; i < 9000; ++i)
+      bench.write(data_at + i * 512, pattern(10, 1));
+  };
+  scatter();
+  CHECK(bench.check() == Outcome::clean);
+  CHECK(bench[Count::verified_deflate_clusters] == 1);
+  bench.write(far, pattern(100, 1));
+  scatter();
+  CHECK(bench.check() == Outcome::damaged);
+}
+
+TEST_CASE("all entries are checked on demand, also those that were there before", "[verifier]") {
+  Bench made;
+  made.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  made.image.store(data_at, stream);
+  made.publish(3, entry_of(data_at, stream.size()));
+  const bool damaged = GENERATE(true, false);
+  if (damaged)
+    made.publish(4, bad_entry + cluster);
+  Verifier::Settings settings = made.settings({});
+  settings.everything = true;
+  Verifier verifier(settings, made.budget);
+  CHECK(verifier.has_work());
+  const Outcome expected = damaged ? Outcome::damaged : Outcome::clean;
+  CHECK(verifier.check(made.image) == expected); // without a change
+  CHECK(made[Count::verified_deflate_clusters] == 1);
+  made.image.reads = 0;
+  CHECK(verifier.check(made.image) == expected);
+  CHECK(made.image.reads == 0);
+  CHECK(verifier.has_work() == damaged);
+  // Nor is it left to somebody else to look at everything once more.
+  CHECK_FALSE(verifier.left().more);
 }
 
 TEST_CASE("a cluster whose last sector reaches past the end of the file is good", "[verifier]") {
@@ -799,6 +955,338 @@ TEST_CASE("patience ends, and what came too late is good in the next check", "[v
   bench.write(data_at, stream);
   CHECK(bench.check() == Outcome::clean);
   CHECK(bench.reported.size() == 1);
+}
+
+TEST_CASE("a stream that many entries name is decoded once", "[verifier]") {
+  // With no memory one table is looked at after the other.
+  Bench bench({}, GENERATE(std::size_t{64} << 20U, std::size_t{0}));
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  const bool is_good = GENERATE(true, false);
+  if (is_good)
+    bench.image.store(data_at, stream);
+  std::vector<std::byte> table;
+  for (std::uint64_t i = 0; i < 512; ++i) {
+    // Where it is good it is, too, with more sectors in the entry.
+    const auto entry = number(entry_of(data_at, stream.size() + (is_good ? i % 3 * 512 : 0)));
+    table.insert(table.end(), entry.begin(), entry.end());
+  }
+  bench.write(l2_at, table);
+  const Outcome expected = is_good ? Outcome::clean : Outcome::damaged;
+  CHECK(bench.check() == expected);
+  CHECK(bench.decodings() == 1);
+  CHECK(bench.verifier.failing() == (is_good ? 0 : 512));
+  CHECK(bench[Count::verified_deflate_clusters] == (is_good ? 512 : 0));
+  // In other tables it is the same stream.
+  for (std::uint64_t i = 1; i < 4; ++i)
+    bench.write(l1_at + i * 8, number(other_at + i * cluster));
+  bench.write(other_at + cluster, table);
+  bench.write(other_at + 2 * cluster, table);
+  CHECK(bench.check() == expected);
+  CHECK(bench.decodings() == 2);
+  CHECK(bench.verifier.failing() == (is_good ? 0 : 3 * 512));
+  if (!is_good) {
+    bench.write(data_at, stream);
+    CHECK(bench.check() == Outcome::clean);
+    CHECK(bench.decodings() <= 4); // when it arrived, and, with no memory for that, once more
+    CHECK(bench.verifier.failing() == 0);
+  }
+}
+
+TEST_CASE("a stream that changes while it is checked is no longer the one it was", "[verifier]") {
+  Bench bench({}, 0); // so that tables are looked at one after the other
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  const std::uint64_t far = data_at + 500 * cluster; // read by itself
+  bench.image.store(data_at, stream);
+  bench.image.store(far, stream);
+  bench.publish(0, entry_of(data_at, stream.size()));
+  bench.publish(1, entry_of(far, stream.size()));
+  bench.write(other_at, number(entry_of(data_at, stream.size())));
+  bench.write(l1_at + 8, number(other_at));
+  bench.image.meeting = {{far, far + 1}, {}, [&] {
+                           bench.write(data_at, std::vector(stream.size(), std::byte{0xff}));
+                         }};
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench.verifier.failing() == 1);
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench.verifier.failing() == 2);
+}
+
+TEST_CASE("a table that changes while it is checked is no longer the one it was", "[verifier]") {
+  Bench bench({}, 0);
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  const std::uint64_t far = data_at + 500 * cluster;
+  bench.image.store(data_at, stream);
+  bench.image.store(far, stream);
+  bench.publish(0, entry_of(data_at, stream.size()));
+  bench.write(other_at, number(entry_of(far, stream.size())));
+  bench.write(l1_at + 8, number(other_at));
+  bench.write(l1_at + 16, number(l2_at)); // once more
+  bench.image.meeting = {{far, far + 1}, {}, [&] { bench.publish(7, bad_entry); }};
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench.verifier.failing() == 1);
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench.verifier.failing() == 2);
+}
+
+TEST_CASE("a table that many entries name is looked at once", "[verifier]") {
+  const std::size_t memory = GENERATE(std::size_t{64} << 20U, std::size_t{0});
+  Bench bench({}, memory);
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  bench.image.store(data_at, stream);
+  const auto all_name = [&](std::uint64_t table) {
+    std::vector<std::byte> l1;
+    for (unsigned i = 0; i < 8; ++i) {
+      const auto entry = number(table);
+      l1.insert(l1.end(), entry.begin(), entry.end());
+    }
+    bench.write(l1_at, l1);
+  };
+  bench.image.store(other_at, number(entry_of(data_at, stream.size())));
+  all_name(other_at);
+  bench.image.reads = 0;
+  CHECK(bench.check() == Outcome::clean);
+  CHECK(bench[Count::verified_deflate_clusters] == 8);
+  CHECK(bench.image.reads <= 4); // the L1 table, the table, twice at most, the stream
+  CHECK(bench.decodings() == 1);
+
+  // Bad ones are found in all their places.
+  bench.image.store(other_at + cluster, number(entry_of(data_at + 5 * cluster, 300)));
+  bench.image.store(other_at + cluster + 8, number(entry_of(data_at, stream.size())));
+  all_name(0);
+  CHECK(bench.check() == Outcome::clean);
+  all_name(other_at + cluster);
+  bench.image.reads = 0;
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench.verifier.failing() == 8);
+  CHECK(bench.image.reads <= 5);
+  CHECK(bench[Count::unreadable_clusters] == 8);
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench.verifier.failing() == 8);
+  CHECK(bench[Count::unreadable_clusters] == 8);
+  CHECK(bench.verifier.left().failing.size() == 8);
+  bench.write(l1_at + 3 * 8, number(0));
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench.verifier.failing() == 7);
+  bench.write(data_at + 5 * cluster, pattern(100, 1));
+  bench.image.store(data_at + 5 * cluster, stream);
+  bench.verifier.forget({data_at + 5 * cluster, data_at + 6 * cluster});
+  bench.write(other_at + cluster, number(entry_of(data_at + 5 * cluster, stream.size())));
+  CHECK(bench.check() == Outcome::clean);
+  CHECK(bench.verifier.failing() == 0);
+}
+
+TEST_CASE("more failures than can be remembered are counted in twins of a table, too",
+          "[verifier]") {
+  Bench bench;
+  bench.create();
+  std::vector<std::byte> table;
+  for (std::uint64_t i = 0; i < 300; ++i) {
+    const auto entry = number(entry_of(data_at + i, 300));
+    table.insert(table.end(), entry.begin(), entry.end());
+  }
+  bench.image.store(other_at, table);
+  std::vector<std::byte> l1;
+  for (unsigned i = 0; i < 8; ++i) {
+    const auto entry = number(other_at);
+    l1.insert(l1.end(), entry.begin(), entry.end());
+  }
+  bench.write(l1_at, l1);
+  for (unsigned round = 0; round < 2; ++round) {
+    CHECK(bench.check() == Outcome::damaged);
+    CHECK(bench.verifier.failing() == 8 * 300);
+    CHECK(bench[Count::unreadable_clusters] == 8 * 300);
+  }
+  CHECK(bench.verifier.left().more);
+  bench.write(other_at, std::vector<std::byte>(table.size()));
+  CHECK(bench.check() == Outcome::clean);
+}
+
+TEST_CASE("a check ends when nobody needs it, and the next one does what is left", "[verifier]") {
+  const std::size_t memory = GENERATE(std::size_t{64} << 20U, std::size_t{0});
+  Bench bench({}, memory);
+  bench.create();
+  constexpr std::uint32_t many = 6;
+  const std::uint64_t apart = 100 * cluster;
+  for (std::uint32_t i = 0; i < many; ++i) {
+    bench.image.store(data_at + i * apart, std::vector(300, std::byte{0xff}));
+    bench.publish(i, entry_of(data_at + i * apart, 300));
+  }
+  unsigned reads = 0;
+  const auto meet = [&](auto& self) -> void {
+    bench.image.meeting = {{data_at, image_size}, {}, [&] {
+                             ++reads;
+                             work_for(std::chrono::milliseconds(11));
+                             self(self);
+                           }};
+  };
+  meet(meet);
+  bench.asked = 0;
+  bench.interrupted_from = 3;
+  try {
+    std::ignore = bench.check();
+    FAIL("not interrupted");
+  } catch (const Verifier::Interrupted& end) {
+    CHECK(end.code().value() == ESHUTDOWN);
+  }
+  CHECK(reads == 3);
+  CHECK(bench.reported.empty());
+  CHECK(bench.verifier.has_work());
+  CHECK(bench.verifier.left().more);
+  bench.interrupted_from = ~0U;
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench.verifier.failing() == many);
+}
+
+TEST_CASE("streams that wait to be decoded do not hold up the end", "[verifier]") {
+  Bench bench;
+  Verifier::Settings settings = bench.settings({});
+  settings.wake = [](std::size_t /*waiting*/) {};
+  bench.create();
+  Verifier verifier(settings, bench.budget);
+  const auto write = [&](std::uint64_t offset, std::span<const std::byte> data) {
+    Verifier::Change change(&verifier, bench.image, {offset, offset + data.size()});
+    bench.image.store(offset, data);
+    change.wrote(data);
+  };
+  for (std::uint32_t i = 0; i < 30; ++i) {
+    const auto stream = deflated(compressible(cluster, i));
+    write(data_at + i * cluster, stream);
+    write(l2_at + i * 8, number(entry_of(data_at + i * cluster, stream.size())));
+  }
+  CHECK(verifier.waiting() == 30);
+  // Somebody else is decoding something slow, until the check waits for him.
+  DecompressorPool::Account account;
+  auto loan = std::make_unique<DecompressorPool::Loan>(bench.decompressors->borrow(account));
+  bench.interrupted_from = 0;
+  bool interrupted = false;
+  {
+    WatchedThread checking([&] {
+      try {
+        std::ignore = verifier.check(bench.image);
+      } catch (const Verifier::Interrupted&) {
+        interrupted = true;
+      }
+    });
+    CHECK(checking.waits());
+    work_for(std::chrono::milliseconds(11));
+    loan.reset();
+    CHECK(checking.ends());
+  }
+  CHECK(interrupted);
+  CHECK(bench.decodings() == 0);
+  bench.interrupted_from = ~0U;
+  CHECK(verifier.check(bench.image) == Outcome::clean);
+}
+
+TEST_CASE("a check that waits ends when nobody needs it", "[verifier]") {
+  Bench bench(std::chrono::seconds(60));
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  std::atomic<unsigned> interrupted = 0;
+  const auto check = [&] {
+    try {
+      std::ignore = bench.check();
+    } catch (const Verifier::Interrupted&) {
+      ++interrupted;
+    }
+  };
+  SECTION("for late data, and another one for its turn") {
+    bench.publish(0, entry_of(data_at, stream.size()));
+    WatchedThread first(check);
+    CHECK(first.waits());
+    WatchedThread second(check);
+    CHECK(second.waits());
+    bench.interrupted_from = 0;
+    CHECK(first.ends());
+    CHECK(second.ends());
+    CHECK(interrupted == 2);
+  }
+  SECTION("for a write in progress") {
+    bench.publish(0, entry_of(data_at, stream.size()));
+    const Verifier::Change change(&bench.verifier, bench.image, {data_at, data_at + 10});
+    WatchedThread first(check);
+    CHECK(first.waits());
+    bench.interrupted_from = 0;
+    CHECK(first.ends());
+    CHECK(interrupted == 1);
+  }
+}
+
+TEST_CASE("others who go on writing delay a check no longer than its patience", "[verifier]") {
+  Bench bench(std::chrono::milliseconds(100));
+  bench.create();
+  bench.publish(0, bad_entry);
+  std::optional<Outcome> outcome;
+  // One of their writes is always in progress.
+  std::optional<Verifier::Change> one;
+  std::optional<Verifier::Change> other;
+  const ByteRange range{data_at, data_at + 300};
+  bool again = true;
+  const auto meet = [&](auto& self) -> void {
+    bench.image.meeting = {range, {}, [&] {
+                             if (again) {
+                               other.emplace(&bench.verifier, bench.image, range);
+                               one.reset();
+                               one.emplace(&bench.verifier, bench.image, range);
+                               other.reset();
+                               self(self);
+                             }
+                           }};
+  };
+  meet(meet);
+  {
+    WatchedThread checking([&] { outcome = bench.check(); });
+    CHECK(checking.ends());
+    again = false;
+    one.reset();
+  }
+  CHECK(outcome == Outcome::damaged);
+  CHECK(bench.verifier.failing() == 1);
+}
+
+TEST_CASE("a write does not wait for those who decode", "[verifier]") {
+  Bench bench;
+  bench.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  DecompressorPool::Account account;
+  auto loan = std::make_unique<DecompressorPool::Loan>(bench.decompressors->borrow(account));
+  {
+    WatchedThread writing([&] { bench.write(data_at, stream); });
+    CHECK(writing.ends());
+    loan.reset();
+  }
+  bench.publish(0, entry_of(data_at, stream.size()));
+  CHECK(bench.check() == Outcome::clean);
+  CHECK(bench.decodings() == 1);
+}
+
+TEST_CASE("verifiers that share their memory have no more of it together", "[verifier]") {
+  Bench bench({}, 4U << 20U);
+  const auto memory = Verifier::usual_memory();
+  std::vector<std::unique_ptr<Verifier>> verifiers;
+  bench.create();
+  const std::size_t before = bench.budget.used();
+  for (unsigned i = 0; i < 5; ++i) {
+    Verifier::Settings settings = bench.settings({});
+    settings.memory = memory;
+    settings.wake = [](std::size_t /*waiting*/) {};
+    verifiers.push_back(std::make_unique<Verifier>(settings, bench.budget));
+    for (std::uint32_t j = 0; j < 300; ++j) {
+      const auto stream = deflated(compressible(cluster, j));
+      const ByteRange range{data_at + j * cluster, data_at + j * cluster + stream.size()};
+      Verifier::Change change(verifiers.back().get(), bench.image, range);
+      change.wrote(stream);
+    }
+    CHECK(memory->taken() <= (4U << 20U) / 8);
+    CHECK(bench.budget.used() <= before + (4U << 20U) / 8);
+  }
+  CHECK(memory->taken() > (4U << 20U) / 16);
+  verifiers.clear();
+  CHECK(memory->taken() == 0);
 }
 
 TEST_CASE("with little memory or none checks are as strict, and as free of alarms", "[verifier]") {
