@@ -137,11 +137,16 @@ Image::Standing Image::standing(Handle& newcomer, const Request& request) const 
   const bool left = !others && !is_used_by(newcomer) && !cache_->clean();
   if (left && size < cache_->size())
     return Standing::stranger; // what is left may lie behind its end
-  if (const std::optional<Handle::Use> other = lend_any(newcomer))
-    cache_->look_at_disk(other->storage());
   // What is stored may be all zeros, and show nothing; and others may go on writing meanwhile.
   constexpr int most_comparisons = 64;
   for (int comparisons = 0; comparisons < most_comparisons; ++comparisons) {
+    if (others && cache_->admits_guest(request.changes, request.range))
+      return Standing::guest;
+    const bool clean = cache_->clean();
+    if (clean && !cache_->has_news(newcomer.opened()))
+      return Standing::founder; // nothing can get lost, and comparing would prove nothing
+    if (const std::optional<Handle::Use> other = lend_any(newcomer))
+      cache_->look_at_disk(other->storage());
     switch (cache_->compare(use->storage(), newcomer.opened())) {
     case WriteCache::Likeness::other_disk:
       return Standing::stranger;
@@ -155,11 +160,7 @@ Image::Standing Image::standing(Handle& newcomer, const Request& request) const 
     case WriteCache::Likeness::alike:
       break;
     }
-    if (cache_->admits_guest(request.changes, request.range) && others)
-      return Standing::guest;
-    if (cache_->clean())
-      return Standing::founder;
-    if (!others || !cache_->store_some())
+    if (!clean && (!others || !cache_->store_some()))
       return Standing::trusted; // more than this nobody can know of bytes that nobody can write
   }
   return Standing::trusted;
@@ -177,10 +178,15 @@ void Image::leave(const Handle& handle) {
   const std::lock_guard lock(mutex_);
   std::erase_if(users_, [&](const auto& user) { return user.get() == &handle; });
   cache_->leave(handle.identity());
-  if (users_.empty())
+  if (users_.empty()) {
     cache_->forget_all(); // a background writer may hold on to the cache a moment longer
-  else
-    follow_size();
+    return;
+  }
+  follow_size();
+  // Who is alone with what is on storage has nobody to be told apart from.
+  Storage& first = users_.front()->identity();
+  if (users_.size() == 1 && first.is_guest() && cache_->found_anew(first))
+    cache_->trust(first);
 }
 
 std::uint64_t Image::largest_size() const {

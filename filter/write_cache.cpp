@@ -560,6 +560,13 @@ WriteCache::Likeness WriteCache::compare(Storage& storage, Unit::Clock::time_poi
   return likeness;
 }
 
+bool WriteCache::has_news(Unit::Clock::time_point opened) const {
+  const Lock lock(mutex_);
+  return std::ranges::any_of(witnesses_.all(), [&](const Witnesses::Witness& witness) {
+    return witness.written && *witness.written > opened;
+  });
+}
+
 bool WriteCache::store_some() {
   Lock lock(mutex_);
   // Where a few are all zeros more would hardly show more.
@@ -763,11 +770,11 @@ void WriteCache::write_through(Storage& storage, std::uint64_t offset,
       zero_map_.changed(blocks);
       witnesses_.changed(blocks);
       witnesses_.wrote(range, data, begun);
+      header_.wrote(offset, data);
+      header_changed(lock, range);
+      if (range.begin == 0)
+        keep_header(lock, data);
     }
-    header_.wrote(offset, data);
-    header_changed(lock, range);
-    if (range.begin == 0 && !storage.is_guest())
-      keep_header(lock, data);
   }
   changed_on_storage(blocks);
 }
@@ -912,6 +919,9 @@ void WriteCache::copy_cached(const Lock& lock, std::uint64_t offset, std::span<s
 }
 
 void WriteCache::read(Storage& storage, std::uint64_t offset, std::span<std::byte> data) {
+  // Who reads the header begins to work on the image, and reads more of it soon.
+  if (!layout_was_read_ && offset < HeaderWatch::watched(storage.capabilities().size).end)
+    learn_layout(storage);
   // The cache first and storage after: a unit may be written and dropped in between, but then
   // storage has it. The other way round a read could see bytes from before.
   ByteRanges gaps;
@@ -1024,9 +1034,9 @@ void WriteCache::zero(Storage& storage, const ByteRange& range,
         });
         zero_map_.zeroed(blocks);
         witnesses_.changed(blocks);
+        header_.zeroed(blocks);
+        header_changed(lock, blocks);
       }
-      header_.zeroed(blocks);
-      header_changed(lock, blocks);
     }
     changed_on_storage(blocks);
   }
@@ -1053,14 +1063,10 @@ void WriteCache::trim(Storage& storage, const ByteRange& range, bool fua) {
     failed_on_storage(blocks);
     throw;
   }
-  if (storage.is_guest()) {
-    const Lock lock(mutex_);
-    changed_by_guest(lock, blocks);
-    header_.forget(blocks);
-    header_changed(lock, blocks);
-  } else {
+  if (storage.is_guest())
+    changed_by_guest(Lock(mutex_), blocks);
+  else
     discard(blocks);
-  }
   changed_on_storage(blocks);
 }
 
@@ -1105,6 +1111,8 @@ void WriteCache::changed_by_guest(const Lock& lock, const ByteRange& range) {
   });
   zero_map_.changed(range);
   witnesses_.changed(range);
+  header_.forget(range); // whose it is finds out who is trusted
+  header_changed(lock, range);
 }
 
 void WriteCache::changed_on_storage(const ByteRange& range) {

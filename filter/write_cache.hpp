@@ -166,6 +166,8 @@ public:
   /// Compares what the cache knows of its disk with what `storage`, which was opened at `opened`,
   /// has. Throws storage's error when it cannot be read.
   [[nodiscard]] Likeness compare(Storage& storage, Unit::Clock::time_point opened);
+  /// Whether there is something to compare that was written after `opened`.
+  [[nodiscard]] bool has_news(Unit::Clock::time_point opened) const;
   /// Has a unit, or a few, written through the connection that wrote it last, so that `compare`
   /// has something new to look at. Returns whether storage took one.
   bool store_some();
