@@ -34,6 +34,20 @@ static_assert(ceiling(5U) == 8U);
   [AC_MSG_RESULT([no])
   QCOWCACHE_MISSING([a compiler for C++20 (g++ 12, clang++ 14, or later)], [g++], [gcc-c++])])])
 
+# QCOWCACHE_PRECOMPILED
+# How the file has to be named that the compiler finds in the place of a header; and what g++ must
+# not say of strings in the library, which it takes for ours once the header is precompiled.
+AC_DEFUN([QCOWCACHE_PRECOMPILED],
+[AC_COMPILE_IFELSE([AC_LANG_PROGRAM([[
+#ifndef __clang__
+#error "not clang"
+#endif
+]])], [PRECOMPILED_SUFFIX=pch
+  PRECOMPILED_CXXFLAGS=], [PRECOMPILED_SUFFIX=gch
+  PRECOMPILED_CXXFLAGS=-Wno-stringop-overread])
+AC_SUBST([PRECOMPILED_SUFFIX])
+AC_SUBST([PRECOMPILED_CXXFLAGS])])
+
 # QCOWCACHE_WARNINGS
 # In AM_CXXFLAGS and not in CXXFLAGS, which is the user's.
 AC_DEFUN([QCOWCACHE_WARNINGS],
