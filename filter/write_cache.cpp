@@ -121,6 +121,8 @@ bool WriteCache::join_queue(const Lock& lock, Unit& unit, Unit::Reason reason) n
   unit.reason = reason;
   if (no_room_ && !unit.was_refused) {
     unit.was_refused = true; // what storage said of others
+    if (!refused_at_)
+      refused_at_ = Unit::Clock::now();
     place(lock, unit);
     return false;
   }

@@ -1270,6 +1270,28 @@ TEST_CASE("full neighbours that a connection cannot reach stay queued for anothe
   CHECK(small.violations().empty());
 }
 
+TEST_CASE("units that wait because another was refused are tried again, whatever becomes of that",
+          "[write_cache]") {
+  WriteCache::Settings settings;
+  settings.retry = std::chrono::milliseconds(0);
+  settings.wake_writer = [](std::size_t) {}; // the test is the writer
+  Bench bench(MemoryStorage::everything(disk_size), plenty, settings);
+  bench.with_header();
+  bench.write(2 * unit, pattern(unit, 1));
+  {
+    const Refusal refusal(bench.storage, Kind::write, ENOSPC);
+    bench.cache->write_next(bench.storage);
+  }
+  bench.cache->tick(); // it is queued again,
+  bench.cache->tick(); // and still waits;
+  bench.write(4 * unit, pattern(unit, 2));
+  bench.cache->trim(bench.storage, {2 * unit, 3 * unit}, false); // now nobody wants it any more
+  bench.cache->tick();
+  CHECK(bench.cache->write_next(bench.storage));
+  CHECK(bench.on_disk(4 * unit, unit) == pattern(unit, 2));
+  CHECK(bench.cache->clean());
+}
+
 TEST_CASE("a header that changes while others write leaves every byte right", "[write_cache]") {
   Bench bench;
   bench.with_header(21);
