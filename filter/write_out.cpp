@@ -198,9 +198,10 @@ bool WriteCache::write_next(Storage& storage) {
   });
   if (unit == queue_.end())
     return false;
-  const Attempt attempt = write_unit(lock, unit->range().begin, &storage, unit->reason);
+  const std::uint64_t begin = unit->range().begin; // the unit may be gone, and another one there
+  const Attempt attempt = write_unit(lock, begin, &storage, unit->reason);
   if (attempt == Attempt::nobody)
-    give_up(lock, unit->range().begin);
+    give_up(lock, begin);
   return attempt != Attempt::nobody;
 }
 

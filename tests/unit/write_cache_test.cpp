@@ -1292,6 +1292,33 @@ TEST_CASE("units that wait because another was refused are tried again, whatever
   CHECK(bench.cache->clean());
 }
 
+TEST_CASE("a unit that is dropped and begun anew while a connection is looked for is another one",
+          "[write_cache]") {
+  WriteCache* cache = nullptr;
+  MemoryStorage* another = nullptr;
+  WriteCache::Settings settings = with_max_write(unit);
+  bool looked_for = false;
+  settings.lend = [&](const WriteCache::Next&) -> std::optional<Handle::Use> {
+    if (!std::exchange(looked_for, true)) {
+      cache->discard({unit, 2 * unit});
+      CHECK(cache->absorb(*another, unit, pattern(100, 2)) == Absorbed::held);
+      cache->set_cluster_end(unit);
+    }
+    return std::nullopt;
+  };
+  Bench bench(MemoryStorage::everything(disk_size), plenty, settings);
+  MemoryStorage other(MemoryStorage::everything(disk_size));
+  cache = bench.cache.get();
+  another = &other;
+  bench.with_header();
+  CHECK(cache->absorb(other, unit, pattern(100, 1)) == Absorbed::held);
+  cache->set_cluster_end(unit);
+  CHECK_FALSE(cache->write_next(bench.storage));
+  CHECK(looked_for);
+  CHECK(bench.read(unit, 100) == pattern(100, 2));
+  CHECK(cache->waiting() == 0); // nobody can write it now
+}
+
 TEST_CASE("a header that changes while others write leaves every byte right", "[write_cache]") {
   Bench bench;
   bench.with_header(21);
