@@ -128,18 +128,23 @@ void Export::leave(const Handle& handle, const std::shared_ptr<Image>& present) 
 
 void Export::changed_storage(const Image& by, const ByteRange& range) const {
   Images others;
+  bool shares = false;
   {
     const std::lock_guard lock(mutex_);
     if (shared_.size() + own_.size() == 1)
       return;
+    shares = std::ranges::any_of(shared_, [&](const auto& each) { return each.get() == &by; });
     others = shared_;
     others.insert(others.end(), own_.begin(), own_.end());
   }
   for (const std::shared_ptr<Image>& image : others) {
     if (image.get() != &by) {
       image->cache().forget(range);
-      if (image->verifier() != nullptr)
-        image->verifier()->forget(range);
+      if (!shares)
+        image->cache().forget_witnesses(range); // nobody has found that they are different disks
+      // Asked once: others may remove it meanwhile.
+      if (Verifier* const verifier = image->verifier())
+        verifier->forget(range);
     }
   }
 }

@@ -1084,6 +1084,11 @@ void WriteCache::forget(const ByteRange& range) {
   forget(Lock(mutex_), range);
 }
 
+void WriteCache::forget_witnesses(const ByteRange& range) {
+  const Lock lock(mutex_);
+  witnesses_.changed(range);
+}
+
 void WriteCache::forget(const Lock& lock, const ByteRange& range) {
   for_each_unit(lock, range, [&](Unit& unit) {
     unit.forget(range);

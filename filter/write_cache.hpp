@@ -225,6 +225,9 @@ public:
   /// Another cache changed `range` on storage: drops what is known of it, keeps what is dirty.
   /// REQUIRES: the caller owns the range.
   void forget(const ByteRange& range);
+  /// The other cache may be over the same disk: `compare` knows nothing of `range` any more.
+  /// REQUIRES: as `forget`.
+  void forget_witnesses(const ByteRange& range);
   /// The export is `size` bytes long from now on; where that ends a unit, it is full earlier.
   void set_size(std::uint64_t size);
   [[nodiscard]] std::uint64_t size() const;

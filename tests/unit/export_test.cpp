@@ -591,6 +591,19 @@ TEST_CASE("a connection is lent only when its storage can take the unit", "[expo
   CHECK(lent(too_small.waiting({0, unit}, false)) == &too_small.storage());
 }
 
+TEST_CASE("what may be the same disk is recognised though others have changed it", "[export]") {
+  Server server;
+  const auto disk = new_disk();
+  Client first(server, "a", shared(), disk);
+  first.write(100, "hello");
+  REQUIRE(first.flush() == 0);
+  Client own(server, "a", unshared(), disk);
+  own.write(102, "XY", true);
+  Client second(server, "a", shared(), disk);
+  second.write(3 * unit, "mine");
+  CHECK(first.read(3 * unit, 4) == "mine");
+}
+
 TEST_CASE("clients that come and go at once find one export, and leave none behind", "[export]") {
   Server server;
   const auto disk = new_disk();
