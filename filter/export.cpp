@@ -97,6 +97,8 @@ std::shared_ptr<Image> Export::enter(const std::shared_ptr<Handle>& handle,
           leave_image(*handle, present);
         if (settings_.verify && found.image->verifier() == nullptr)
           found.image->add_verifier(std::exchange(left_, {}));
+        // Who has compared himself with what is left has somebody to be compared with now.
+        version_ += found.image->is_used() ? 0 : 1;
         found.image->join(handle);
       }
       if (found.standing != Image::Standing::guest)
