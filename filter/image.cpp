@@ -207,8 +207,8 @@ std::optional<Handle::Use> Image::lend(const WriteCache::Next& next) const {
     for (const std::shared_ptr<Handle>& user : users_) {
       const Capabilities& capabilities = user->capabilities();
       const bool wrote_last = user->is(next.writer);
-      const bool can = capabilities.can_write && capabilities.size >= next.dirty_end &&
-                       (wrote_last || !user->is_guest());
+      const bool can =
+          capabilities.can_write && capabilities.size >= next.dirty_end && !user->is_guest();
       if (can && (wrote_last != next.was_refused) == preferred) {
         if (std::optional<Handle::Use> use = user->use())
           return use;

@@ -311,7 +311,10 @@ private:
   [[nodiscard]] bool holds_back() const;
   void header_changed(const Lock& lock, const ByteRange& range);
   [[nodiscard]] Job claim(const Lock& lock, Unit& unit, const Storage& storage);
-  [[nodiscard]] static bool within_reach(const Lock&, const Unit& unit, const Storage& storage);
+  [[nodiscard]] bool within_reach(const Lock&, const Unit& unit, const Storage& storage) const;
+  [[nodiscard]] bool is_guest(const Storage& storage) const noexcept {
+    return storage.is_guest_of(this);
+  }
 
   void write_out(Storage& storage, const Job& job);
   void write_claimed(Storage& storage, const Job& job, std::optional<RangeLock::Owned>& owned);
@@ -323,6 +326,7 @@ private:
   void finish(const Job& job, bool stored, const std::error_code& refusal) noexcept;
   void forget(const Lock& lock, const ByteRange& range);
   void changed_by_guest(const Lock& lock, const ByteRange& range);
+  void discard(const Lock& lock, const ByteRange& range);
   void changed_on_storage(const ByteRange& range);
   void failed_on_storage(const ByteRange& range);
   void copy_cached(const Lock& lock, std::uint64_t offset, std::span<std::byte> data,
