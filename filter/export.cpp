@@ -97,6 +97,8 @@ std::shared_ptr<Image> Export::enter(const std::shared_ptr<Handle>& handle,
           leave_image(*handle, present);
         if (settings_.verify && found.image->verifier() == nullptr)
           found.image->add_verifier(std::exchange(left_, {}));
+        // Who has compared himself with what is left has somebody to be compared with now.
+        version_ += found.image->is_used() ? 0 : 1;
         found.image->join(handle);
       }
       if (found.standing != Image::Standing::guest)
@@ -128,18 +130,23 @@ void Export::leave(const Handle& handle, const std::shared_ptr<Image>& present) 
 
 void Export::changed_storage(const Image& by, const ByteRange& range) const {
   Images others;
+  bool shares = false;
   {
     const std::lock_guard lock(mutex_);
     if (shared_.size() + own_.size() == 1)
       return;
+    shares = std::ranges::any_of(shared_, [&](const auto& each) { return each.get() == &by; });
     others = shared_;
     others.insert(others.end(), own_.begin(), own_.end());
   }
   for (const std::shared_ptr<Image>& image : others) {
     if (image.get() != &by) {
       image->cache().forget(range);
-      if (image->verifier() != nullptr)
-        image->verifier()->forget(range);
+      if (!shares)
+        image->cache().forget_witnesses(range); // nobody has found that they are different disks
+      // Asked once: others may remove it meanwhile.
+      if (Verifier* const verifier = image->verifier())
+        verifier->forget(range);
     }
   }
 }

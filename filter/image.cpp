@@ -153,6 +153,9 @@ Image::Standing Image::standing(Handle& newcomer, const Request& request) const 
     case WriteCache::Likeness::same_disk:
       return Standing::trusted;
     case WriteCache::Likeness::unknown:
+      if (left)
+        return Standing::stranger;
+      break;
     case WriteCache::Likeness::begins_alike:
       if (left && size != cache_->size())
         return Standing::stranger; // many disks begin alike: not enough for what is left of one
@@ -210,8 +213,8 @@ std::optional<Handle::Use> Image::lend(const WriteCache::Next& next) const {
     for (const std::shared_ptr<Handle>& user : users_) {
       const Capabilities& capabilities = user->capabilities();
       const bool wrote_last = user->is(next.writer);
-      const bool can = capabilities.can_write && capabilities.size >= next.dirty_end &&
-                       (wrote_last || !user->is_guest());
+      const bool can =
+          capabilities.can_write && capabilities.size >= next.dirty_end && !user->is_guest();
       if (can && (wrote_last != next.was_refused) == preferred) {
         if (std::optional<Handle::Use> use = user->use())
           return use;

@@ -58,10 +58,18 @@ public:
 
   [[nodiscard]] virtual const Capabilities& capabilities() const noexcept = 0;
 
-  /// Whether it belongs to a guest of a cache (see `WriteCache::admit`), whose mutex guards
-  /// changes.
-  [[nodiscard]] bool is_guest() const noexcept { return guest_.load(std::memory_order_acquire); }
-  void set_guest(bool guest) noexcept { guest_.store(guest, std::memory_order_release); }
+  /// Whether it belongs to a guest (see `WriteCache::admit`): no cache trusts it.
+  [[nodiscard]] bool is_guest() const noexcept { return trusted_by() == nullptr; }
+  /// The same for one cache: where another one trusts it, it has left this one, and may see another
+  /// disk. What was never admitted anywhere is trusted everywhere.
+  [[nodiscard]] bool is_guest_of(const void* cache) const noexcept {
+    const void* const by = trusted_by();
+    return by != cache && by != this;
+  }
+  /// nullptr: a guest. The mutex of the cache that begins, or ceases, to trust it is held.
+  void set_trusted_by(const void* cache) noexcept {
+    trusted_by_.store(cache, std::memory_order_release);
+  }
 
   /// Requests are counted there from now on. REQUIRES: no other thread uses the storage yet.
   void count_in(std::shared_ptr<Counters> counters) noexcept { counters_ = std::move(counters); }
@@ -109,13 +117,16 @@ private:
   /// Whether the piece that ends at `end` carries FUA when all of `range` has to be durable.
   [[nodiscard]] bool piece_needs_fua(bool fua, const ByteRange& range,
                                      std::uint64_t end) const noexcept;
+  [[nodiscard]] const void* trusted_by() const noexcept {
+    return trusted_by_.load(std::memory_order_acquire);
+  }
   void count(Count what, std::uint64_t more = 1) const noexcept {
     if (counters_)
       counters_->add(what, more);
   }
 
   std::shared_ptr<Counters> counters_;
-  std::atomic<bool> guest_ = false;
+  std::atomic<const void*> trusted_by_ = this;
 };
 
 } // namespace qcowcache

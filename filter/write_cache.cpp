@@ -121,6 +121,8 @@ bool WriteCache::join_queue(const Lock& lock, Unit& unit, Unit::Reason reason) n
   unit.reason = reason;
   if (no_room_ && !unit.was_refused) {
     unit.was_refused = true; // what storage said of others
+    if (!refused_at_)
+      refused_at_ = Unit::Clock::now();
     place(lock, unit);
     return false;
   }
@@ -334,28 +336,26 @@ void WriteCache::header_changed(const Lock& lock, const ByteRange& range) {
 void WriteCache::learn_layout(Storage& storage) {
   const Capabilities& capabilities = storage.capabilities();
   const ByteRange watched = HeaderWatch::watched(capabilities.size);
-  // What a guest reads may be another disk's.
-  if (settings_.cluster_size || watched.empty() || storage.is_guest())
+  if (settings_.cluster_size || watched.empty())
     return;
+  std::uint64_t forgotten = 0;
   {
     const Lock lock(mutex_);
+    if (is_guest(storage))
+      return; // what it reads may be another disk's
     const bool in_vain = !budget_.allows_two(unit_size_, bookkeeping());
     if (in_vain || header_.complete(size_)) {
       tell_layout(lock);
       return;
     }
     layout_was_read_ = true;
+    forgotten = forgotten_;
   }
   try {
     // A whole block: what the client reads of the header next is in it.
     const ByteRange block{
         0, std::min(align_up(watched.end, capabilities.write_alignment()), capabilities.size)};
     const RangeLock::Owned owned = ranges_.own(block);
-    std::uint64_t forgotten = 0;
-    {
-      const Lock lock(mutex_);
-      forgotten = forgotten_;
-    }
     std::vector<std::byte> data(block.size());
     storage.read(block.begin, data);
     const Lock lock(mutex_);
@@ -393,8 +393,6 @@ WriteCache::KnownHeader WriteCache::header() const {
 }
 
 void WriteCache::learn_zeros(Storage& storage, const ByteRange& range) {
-  if (storage.is_guest())
-    return;
   // Large, but not so large that the answer for a fragmented file takes megabytes.
   constexpr std::uint64_t window = std::uint64_t{128} * 1024 * 1024;
   const Capabilities& capabilities = storage.capabilities();
@@ -407,7 +405,7 @@ void WriteCache::learn_zeros(Storage& storage, const ByteRange& range) {
     ZeroMap::Question question;
     {
       const Lock lock(mutex_);
-      if (zero_map_.asked(range))
+      if (is_guest(storage) || zero_map_.asked(range))
         return;
       question = zero_map_.ask();
     }
@@ -472,12 +470,12 @@ void WriteCache::forget_learned(const Lock& lock) {
 void WriteCache::admit(Storage& user) {
   const Lock lock(mutex_);
   users_.push_back(&user);
-  user.set_guest(true);
+  user.set_trusted_by(nullptr);
 }
 
 void WriteCache::trust(Storage& user) {
   const Lock lock(mutex_);
-  user.set_guest(false);
+  user.set_trusted_by(this);
 }
 
 void WriteCache::leave(const Storage& user) noexcept {
@@ -490,7 +488,7 @@ bool WriteCache::found_anew(const Storage& founder) {
   if (!all_stored(lock))
     return false;
   for (Storage* const user : users_)
-    user->set_guest(user != &founder);
+    user->set_trusted_by(user == &founder ? this : nullptr);
   witnesses_.clear();
   forget_learned(lock);
   return true;
@@ -601,7 +599,7 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
   Lock lock(mutex_);
   if (request != nullptr)
     count_write(lock, *request);
-  if (!caching(lock) || writer.is_guest())
+  if (!caching(lock) || is_guest(writer))
     return Absorbed::off;
   if (!refreshed.empty()) {
     ByteRanges gaps;
@@ -759,7 +757,7 @@ void WriteCache::write_through(Storage& storage, std::uint64_t offset,
   {
     const Lock lock(mutex_);
     ++moment_;
-    if (storage.is_guest()) {
+    if (is_guest(storage)) {
       changed_by_guest(lock, blocks);
     } else {
       for_each_unit(lock, range, [&](Unit& unit) {
@@ -790,7 +788,7 @@ void WriteCache::write_piece_through(Storage& storage, std::uint64_t offset,
   ByteRanges gaps;
   {
     const Lock lock(mutex_);
-    if (storage.is_guest()) {
+    if (is_guest(storage)) {
       gaps.add(blocks); // what is known here may be known of another disk
     } else {
       copy_cached(lock, blocks.begin, whole, gaps);
@@ -928,7 +926,7 @@ void WriteCache::read(Storage& storage, std::uint64_t offset, std::span<std::byt
   {
     const Lock lock(mutex_);
     // A guest is asked to compare before it reads what is not on storage; what is it has itself.
-    if (storage.is_guest())
+    if (is_guest(storage))
       gaps.add({offset, offset + data.size()});
     else
       copy_cached(lock, offset, data, gaps);
@@ -972,7 +970,7 @@ void WriteCache::read(Storage& storage, std::uint64_t offset, std::span<std::byt
 
 Storage::Extents WriteCache::extents(Storage& storage, const ByteRange& range, bool only_first) {
   ByteRanges owed;
-  if (!storage.is_guest()) {
+  if (!is_guest(storage)) {
     const Lock lock(mutex_);
     for_each_unit(lock, range, [&](Unit& unit) {
       owed.add(unit.dirty().inside(range));
@@ -1025,7 +1023,7 @@ void WriteCache::zero(Storage& storage, const ByteRange& range,
     {
       const Lock lock(mutex_);
       ++moment_;
-      if (storage.is_guest()) {
+      if (is_guest(storage)) {
         changed_by_guest(lock, blocks);
       } else {
         for_each_unit(lock, blocks, [&](Unit& unit) {
@@ -1063,15 +1061,21 @@ void WriteCache::trim(Storage& storage, const ByteRange& range, bool fua) {
     failed_on_storage(blocks);
     throw;
   }
-  if (storage.is_guest())
-    changed_by_guest(Lock(mutex_), blocks);
-  else
-    discard(blocks);
+  {
+    const Lock lock(mutex_);
+    if (is_guest(storage))
+      changed_by_guest(lock, blocks);
+    else
+      discard(lock, blocks);
+  }
   changed_on_storage(blocks);
 }
 
 void WriteCache::discard(const ByteRange& range) {
-  const Lock lock(mutex_);
+  discard(Lock(mutex_), range);
+}
+
+void WriteCache::discard(const Lock& lock, const ByteRange& range) {
   ++moment_;
   for_each_unit(lock, range, [&](Unit& unit) {
     unit.discard(range);
@@ -1084,8 +1088,13 @@ void WriteCache::discard(const ByteRange& range) {
 }
 
 void WriteCache::forget(const ByteRange& range) {
-  // Witnesses stay: the other cache is another's because its disk was found to differ in them.
+  // Witnesses stay: the other cache may be another's because its disk was found to differ in them.
   forget(Lock(mutex_), range);
+}
+
+void WriteCache::forget_witnesses(const ByteRange& range) {
+  const Lock lock(mutex_);
+  witnesses_.changed(range);
 }
 
 void WriteCache::forget(const Lock& lock, const ByteRange& range) {
@@ -1169,17 +1178,20 @@ void WriteCache::look_at_disk(Storage& storage) {
   const std::uint64_t alignment = storage.capabilities().write_alignment();
   const ByteRange block = ByteRange{0, align_up(Witnesses::largest_block, alignment)}.intersection(
       {0, storage.capabilities().size});
+  std::uint64_t forgotten = 0;
   {
     const Lock lock(mutex_);
     if (!witnesses_.all().empty())
       return;
+    forgotten = forgotten_;
   }
   try {
     const RangeLock::Owned owned = ranges_.own(block);
     std::vector<std::byte> data(block.size());
     storage.read(block.begin, data);
     const Lock lock(mutex_);
-    witnesses_.read(block, data);
+    if (forgotten == forgotten_) // or else it may be a guest's by now
+      witnesses_.read(block, data);
   } catch (const std::system_error&) {
     // Without it what is left counts as that of a disk that is gone.
   }

@@ -227,6 +227,9 @@ public:
   /// Another cache changed `range` on storage: drops what is known of it, keeps what is dirty.
   /// REQUIRES: the caller owns the range.
   void forget(const ByteRange& range);
+  /// The other cache may be over the same disk: `compare` knows nothing of `range` any more.
+  /// REQUIRES: as `forget`.
+  void forget_witnesses(const ByteRange& range);
   /// The export is `size` bytes long from now on; where that ends a unit, it is full earlier.
   void set_size(std::uint64_t size);
   [[nodiscard]] std::uint64_t size() const;
@@ -310,7 +313,10 @@ private:
   [[nodiscard]] bool holds_back() const;
   void header_changed(const Lock& lock, const ByteRange& range);
   [[nodiscard]] Job claim(const Lock& lock, Unit& unit, const Storage& storage);
-  [[nodiscard]] static bool within_reach(const Lock&, const Unit& unit, const Storage& storage);
+  [[nodiscard]] bool within_reach(const Lock&, const Unit& unit, const Storage& storage) const;
+  [[nodiscard]] bool is_guest(const Storage& storage) const noexcept {
+    return storage.is_guest_of(this);
+  }
 
   void write_out(Storage& storage, const Job& job);
   void write_claimed(Storage& storage, const Job& job, std::optional<RangeLock::Owned>& owned);
@@ -322,6 +328,7 @@ private:
   void finish(const Job& job, bool stored, const std::error_code& refusal) noexcept;
   void forget(const Lock& lock, const ByteRange& range);
   void changed_by_guest(const Lock& lock, const ByteRange& range);
+  void discard(const Lock& lock, const ByteRange& range);
   void changed_on_storage(const ByteRange& range);
   void failed_on_storage(const ByteRange& range);
   void copy_cached(const Lock& lock, std::uint64_t offset, std::span<std::byte> data,

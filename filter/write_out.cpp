@@ -59,10 +59,13 @@ private:
   std::error_code refusal_;
 };
 
-bool WriteCache::within_reach(const Lock& /*lock*/, const Unit& unit, const Storage& storage) {
-  // A connection may see a smaller export than the one that wrote, or not be allowed to write.
+bool WriteCache::within_reach(const Lock& /*lock*/, const Unit& unit,
+                              const Storage& storage) const {
+  // A connection may see a smaller export than the one that wrote, or another disk, or not be
+  // allowed to write.
   const Capabilities& capabilities = storage.capabilities();
-  return capabilities.can_write && unit.dirty().hull().end <= capabilities.size;
+  return capabilities.can_write && unit.dirty().hull().end <= capabilities.size &&
+         !is_guest(storage);
 }
 
 WriteCache::Job WriteCache::claim(const Lock& lock, Unit& unit, const Storage& storage) {
@@ -158,7 +161,8 @@ WriteCache::Attempt WriteCache::write_unit(Lock& lock, std::uint64_t begin, Stor
   const std::optional<Handle::Use> lent = lends ? borrow(lock, *unit) : std::nullopt;
   Storage* const storage = lends ? (lent ? &lent->storage() : nullptr) : own;
   unit = ready();
-  if (unit == nullptr)
+  // Who has become a guest meanwhile was lent for what is on storage by now.
+  if (unit == nullptr || (lent && is_guest(*storage)))
     return Attempt::gone;
   if (storage == nullptr || !within_reach(lock, *unit, *storage))
     return Attempt::nobody;
@@ -198,9 +202,10 @@ bool WriteCache::write_next(Storage& storage) {
   });
   if (unit == queue_.end())
     return false;
-  const Attempt attempt = write_unit(lock, unit->range().begin, &storage, unit->reason);
+  const std::uint64_t begin = unit->range().begin; // the unit may be gone, and another one there
+  const Attempt attempt = write_unit(lock, begin, &storage, unit->reason);
   if (attempt == Attempt::nobody)
-    give_up(lock, unit->range().begin);
+    give_up(lock, begin);
   return attempt != Attempt::nobody;
 }
 
@@ -225,6 +230,8 @@ void WriteCache::give_up(const Lock& lock, std::uint64_t begin) noexcept {
 
 std::error_code WriteCache::write_owed(Storage& storage, Unit::Reason reason) {
   Lock lock(mutex_);
+  if (is_guest(storage))
+    return {}; // all that was acknowledged when its request came is on storage
   const std::uint64_t moment = moment_; // what is acknowledged later delays nobody
   const std::uint64_t attempt = ++attempts_;
   const auto owed = [&](const Unit& unit) {

@@ -132,9 +132,13 @@ std::shared_ptr<Writeback::Source> Writeback::take_ready(const Lock& /*lock*/) {
 void Writeback::work(Writer& self) {
   Lock lock(mutex_);
   ++awake_;
-  while (!stopping_ && at_work(lock) <= wanted_) {
+  // Who is one more than wanted was hired for a source that had nobody: it goes when that is done.
+  bool goes = false;
+  while (!stopping_ && !goes) {
     const std::shared_ptr<Source> source = take_ready(lock);
-    if (!source) {
+    if (!source && at_work(lock) > wanted_) {
+      goes = true;
+    } else if (!source) {
       --awake_;
       work_.wait(lock);
       ++awake_;
@@ -154,6 +158,7 @@ void Writeback::work(Writer& self) {
       // Where it has as many writers as it may have it was left to them to go on.
       if (source->writers_-- == wanted_ && !ready_.empty())
         work_.notify_one();
+      goes = at_work(lock) > wanted_;
     }
   }
   --awake_;

@@ -441,6 +441,36 @@ TEST_CASE("many clients of several exports come, write, and go", "[connection]")
   CHECK(serving.budget().used() == 0);
 }
 
+TEST_CASE("a request that is busy with an image that its connection has left is a guest's there",
+          "[connection]") {
+  Serving serving(64 * unit, GENERATE(0U, 2U));
+  const Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  const auto old_disk = image(40 * unit);
+  const auto new_disk = image(40 * unit); // it begins alike
+  const auto of_old = pattern(500, 1);
+  const auto of_new = pattern(500, 2);
+  Client stays(serving, "a", old_disk, capabilities);
+  stays.read(0, 512);
+  {
+    const Connection::InUse busy = stays.connection().in_use({true});
+    Client newcomer(serving, "a", new_disk, capabilities);
+    newcomer.write(3 * unit, of_new);
+    stays.write(5 * unit, of_old); // it has found out by now that it sees another disk
+    REQUIRE(&stays.connection().image()->cache() != &busy.cache);
+    busy.cache.write(busy.use.storage(), 7 * unit, of_old, false);
+    std::vector<std::byte> read(500);
+    busy.cache.read(busy.use.storage(), 3 * unit, read);
+    CHECK(read == std::vector<std::byte>(500));
+    newcomer.flush();
+  }
+  stays.flush();
+  std::vector<std::byte> stored(500);
+  old_disk->read(7 * unit, stored);
+  CHECK(stored == of_old);
+  new_disk->read(7 * unit, stored);
+  CHECK(stored == std::vector<std::byte>(500));
+}
+
 TEST_CASE("a connection that cannot write does not make clusters good that cannot be read",
           "[connection]") {
   Verifying server;

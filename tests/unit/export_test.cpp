@@ -103,6 +103,8 @@ public:
   void leave() {
     if (!of_)
       return;
+    if (image_ && !cache().clean())
+      cache().look_at_disk(storage_); // as it does who tries in vain
     handle_->retire();
     exports_.leave(of_, *handle_, image_);
     image_.reset();
@@ -589,6 +591,61 @@ TEST_CASE("a connection is lent only when its storage can take the unit", "[expo
   writer.leave();
   CHECK(lent(next) == nullptr);
   CHECK(lent(too_small.waiting({0, unit}, false)) == &too_small.storage());
+}
+
+TEST_CASE("a guest is lent for nothing, whoever seems to have written last", "[export]") {
+  Server server;
+  const auto disk = new_disk();
+  Client writer(server, "a", shared(), disk);
+  writer.write(0, "hello");
+  REQUIRE(writer.flush() == 0);
+  Client guest(server, "a", shared(), disk, true);
+  CHECK(guest.read(100, 5) == "00000");
+  REQUIRE(guest.is_guest());
+  // Its storage may have been made where that of a connection was that has ended.
+  const bool was_refused = GENERATE(true, false);
+  const WriteCache::Next next = guest.waiting({0, unit}, was_refused);
+  {
+    const auto use = guest.image().lend(next);
+    REQUIRE(use);
+    CHECK(&use->storage() == &writer.storage());
+  }
+  writer.leave();
+  CHECK_FALSE(guest.image().lend(next));
+}
+
+TEST_CASE("bytes that are left of a disk that could not be read are for no other disk",
+          "[export]") {
+  Server server;
+  {
+    Client unlucky(server, "a", shared(), new_disk());
+    unlucky.storage().before = [](const MemoryStorage::Call&) {
+      throw std::system_error(EIO, std::generic_category(), "gone");
+    };
+    unlucky.write(100, "hello");
+    CHECK(unlucky.flush() == EIO);
+    CHECK(unlucky.cache().drain(unlucky.storage()).value() == EIO);
+  }
+  CHECK(server.losses().empty());
+  const auto disk = new_disk();
+  Client next(server, "a", shared(), disk);
+  CHECK(server.losses() == "a 5 bytes: 100-105\n");
+  CHECK(next.read(100, 5) == "00000");
+  CHECK(next.flush() == 0);
+  CHECK(on(*disk, 100, 5) == "00000");
+}
+
+TEST_CASE("what may be the same disk is recognised though others have changed it", "[export]") {
+  Server server;
+  const auto disk = new_disk();
+  Client first(server, "a", shared(), disk);
+  first.write(100, "hello");
+  REQUIRE(first.flush() == 0);
+  Client own(server, "a", unshared(), disk);
+  own.write(102, "XY", true);
+  Client second(server, "a", shared(), disk);
+  second.write(3 * unit, "mine");
+  CHECK(first.read(3 * unit, 4) == "mine");
 }
 
 TEST_CASE("clients that come and go at once find one export, and leave none behind", "[export]") {

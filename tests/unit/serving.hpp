@@ -116,6 +116,7 @@ public:
     connection_.end();
   }
   [[nodiscard]] const MemoryStorage& storage() const { return *storage_; }
+  [[nodiscard]] qcowcache::Connection& connection() { return connection_; }
 
 private:
   MemoryStorage* storage_ = nullptr;

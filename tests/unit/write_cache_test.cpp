@@ -1270,6 +1270,130 @@ TEST_CASE("full neighbours that a connection cannot reach stay queued for anothe
   CHECK(small.violations().empty());
 }
 
+TEST_CASE("what others wrote does not go through a guest's storage", "[write_cache]") {
+  Bench bench; // nobody is lent: all units go through whoever comes by
+  bench.with_header();
+  MemoryStorage guest(MemoryStorage::everything(disk_size));
+  bench.cache->admit(guest);
+  const auto data = pattern(disk_size / 2, 1);
+  bench.write(unit, pattern(500, 1));
+  SECTION("with its flush") {
+    bench.cache->flush(guest);
+  }
+  SECTION("with its write") {
+    bench.cache->tick();
+    bench.cache->set_cluster_end(unit);
+    bench.cache->write(guest, 9 * unit, pattern(512, 2), false);
+    CHECK(guest.calls(Kind::write).size() == 1);
+    guest.forget_calls();
+  }
+  SECTION("with its trim") {
+    bench.cache->trim(guest, {unit, 2 * unit}, false);
+  }
+  SECTION("at its end") {
+    std::ignore = bench.cache->drain(guest);
+  }
+  CHECK(guest.calls(Kind::write).empty());
+  CHECK(bench.read(unit, 500) == pattern(500, 1));
+  bench.cache->flush(bench.storage);
+  CHECK(bench.on_disk(unit, 500) == pattern(500, 1));
+}
+
+TEST_CASE("a connection that becomes a guest teaches the cache nothing any more", "[write_cache]") {
+  Capabilities capabilities = MemoryStorage::everything(disk_size);
+  capabilities.maximum = 64 * 1024;
+  Bench bench(capabilities);
+  MemoryStorage founder(capabilities);
+  const auto mine = pattern(disk_size, 1);
+  founder.disk().write(0, mine, true);
+  founder.disk().write(0, qcow2_header(16), true);
+  bench.cache->admit(bench.storage);
+  bench.cache->trust(bench.storage);
+  bench.cache->admit(founder);
+  SECTION("of zeros") {
+    bench.storage.disk().write(0, qcow2_header(16), true);
+    // Storage answers for 64 KiB at a time.
+    bench.storage.before = [&](const MemoryStorage::Call& call) {
+      if (call.kind == Kind::extents && !bench.storage.is_guest())
+        CHECK(bench.cache->found_anew(founder));
+    };
+    bench.write(10, pattern(100 * 1024, 2), true);
+    bench.cache->write(founder, 120 * 1024 + 10, pattern(10, 3), true);
+    std::vector<std::byte> stored(4096);
+    founder.disk().read(120 * 1024, stored);
+    CHECK(std::equal(stored.begin() + 20, stored.end(), mine.begin() + 120 * 1024 + 20));
+  }
+  SECTION("of the header") {
+    bench.storage.disk().write(0, qcow2_header(16), true);
+    std::optional<RangeLock::Owned> owned(bench.ranges.own({0, 4096}));
+    WatchedThread asks([&] { bench.cache->learn_layout(bench.storage); });
+    CHECK(asks.waits());
+    CHECK(bench.cache->found_anew(founder));
+    owned.reset();
+    CHECK(asks.ends());
+    CHECK_FALSE(bench.cache->header().known);
+    CHECK(bench.cache->compare(founder, WriteCache::Clock::now()) == WriteCache::Likeness::unknown);
+  }
+  SECTION("of how its disk begins") {
+    std::optional<RangeLock::Owned> owned(bench.ranges.own({0, 4096}));
+    WatchedThread looks([&] { bench.cache->look_at_disk(bench.storage); });
+    CHECK(looks.waits());
+    CHECK(bench.cache->found_anew(founder));
+    owned.reset();
+    CHECK(looks.ends());
+    CHECK(bench.cache->compare(founder, WriteCache::Clock::now()) == WriteCache::Likeness::unknown);
+  }
+}
+
+TEST_CASE("a unit that is dropped and begun anew while a connection is looked for is another one",
+          "[write_cache]") {
+  WriteCache* cache = nullptr;
+  MemoryStorage* another = nullptr;
+  WriteCache::Settings settings = with_max_write(unit);
+  bool looked_for = false;
+  settings.lend = [&](const WriteCache::Next&) -> std::optional<Handle::Use> {
+    if (!std::exchange(looked_for, true)) {
+      cache->discard({unit, 2 * unit});
+      CHECK(cache->absorb(*another, unit, pattern(100, 2)) == Absorbed::held);
+      cache->set_cluster_end(unit);
+    }
+    return std::nullopt;
+  };
+  Bench bench(MemoryStorage::everything(disk_size), plenty, settings);
+  MemoryStorage other(MemoryStorage::everything(disk_size));
+  cache = bench.cache.get();
+  another = &other;
+  bench.with_header();
+  CHECK(cache->absorb(other, unit, pattern(100, 1)) == Absorbed::held);
+  cache->set_cluster_end(unit);
+  CHECK_FALSE(cache->write_next(bench.storage));
+  CHECK(looked_for);
+  CHECK(bench.read(unit, 100) == pattern(100, 2));
+  CHECK(cache->waiting() == 0); // nobody can write it now
+}
+
+TEST_CASE("units that wait because another was refused are tried again, whatever becomes of that",
+          "[write_cache]") {
+  WriteCache::Settings settings;
+  settings.retry = std::chrono::milliseconds(0);
+  settings.wake_writer = [](std::size_t) {}; // the test is the writer
+  Bench bench(MemoryStorage::everything(disk_size), plenty, settings);
+  bench.with_header();
+  bench.write(2 * unit, pattern(unit, 1));
+  {
+    const Refusal refusal(bench.storage, Kind::write, ENOSPC);
+    bench.cache->write_next(bench.storage);
+  }
+  bench.cache->tick(); // it is queued again,
+  bench.cache->tick(); // and still waits;
+  bench.write(4 * unit, pattern(unit, 2));
+  bench.cache->trim(bench.storage, {2 * unit, 3 * unit}, false); // now nobody wants it any more
+  bench.cache->tick();
+  CHECK(bench.cache->write_next(bench.storage));
+  CHECK(bench.on_disk(4 * unit, unit) == pattern(unit, 2));
+  CHECK(bench.cache->clean());
+}
+
 TEST_CASE("a header that changes while others write leaves every byte right", "[write_cache]") {
   Bench bench;
   bench.with_header(21);

@@ -172,3 +172,34 @@ TEST_CASE("sources that hang keep no others from being written", "[writeback]") 
     source->wait_until_done();
   writeback.stop();
 }
+
+TEST_CASE("a source whose turn does not come gets a writer while all others are busy",
+          "[writeback]") {
+  std::latch ticking(1);
+  std::latch done(1);
+  // The clock stands still: nobody else comes to the rescue.
+  Writeback writeback([&] {
+    ticking.count_down(ticking.try_wait() ? 0 : 1);
+    done.wait();
+  });
+  const auto slow = std::make_shared<Counted>(1);
+  const auto waits = std::make_shared<Counted>(1);
+  bool written_meanwhile = false;
+  slow->during = [&] {
+    std::this_thread::sleep_for(Writeback::patience * 3 / 2); // storage takes its time
+    writeback.wake(waits, waits->waiting());
+    const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+    while (waits->written == 0 && std::chrono::steady_clock::now() < give_up)
+      std::this_thread::yield();
+    written_meanwhile = waits->written == 1;
+  };
+  writeback.add(slow);
+  writeback.add(waits);
+  writeback.start(1);
+  ticking.wait();
+  writeback.wake(slow, slow->waiting());
+  slow->wait_until_done();
+  done.count_down();
+  writeback.stop();
+  CHECK(written_meanwhile);
+}
