@@ -27,6 +27,28 @@ std::shared_ptr<MemoryDisk> image(std::uint64_t size) {
   return disk;
 }
 
+std::vector<std::byte> on(const MemoryDisk& disk, std::uint64_t offset, std::size_t size) {
+  std::vector<std::byte> data(size);
+  disk.read(offset, data);
+  return data;
+}
+
+std::shared_ptr<MemoryDisk> copy_of(const MemoryDisk& disk) {
+  const std::vector<std::byte> bytes = disk.now();
+  auto copy = std::make_shared<MemoryDisk>(bytes.size());
+  copy->write(0, bytes, true);
+  return copy;
+}
+
+/// Whether all that the client's storage was asked to write lies in these units.
+bool wrote_only(const Client& client, const std::vector<std::uint64_t>& units) {
+  return std::ranges::all_of(client.storage().calls(Kind::write), [&](const auto& call) {
+    return std::ranges::any_of(units, [&](std::uint64_t number) {
+      return ByteRange{number * unit, (number + 1) * unit}.contains(call.range);
+    });
+  });
+}
+
 /// Exports whose compressed clusters are checked.
 class Verifying {
 public:
@@ -254,6 +276,206 @@ TEST_CASE("refused bytes of a connection with a disk of its own are reported los
   CHECK(serving.lost == 321);
   serving.stop_writers();
   CHECK(serving.budget().used() == 0);
+}
+
+TEST_CASE("nothing of who writes to a new disk goes through who still reads the old one",
+          "[connection]") {
+  Serving serving(64 * unit, GENERATE(0U, 2U));
+  const Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  const auto old_disk = std::make_shared<MemoryDisk>(40 * unit);
+  const auto new_disk = std::make_shared<MemoryDisk>(40 * unit);
+  const std::vector<std::byte> empty = old_disk->now();
+  Client reader(serving, "a", old_disk, capabilities);
+  CHECK(reader.read(unit, 4096) == std::vector<std::byte>(4096));
+  const auto data = pattern(20 * unit, 1);
+  {
+    Client writer(serving, "a", new_disk, capabilities);
+    writer.write(0, qcow2_header(16));
+    std::size_t done = 0;
+    const auto write_up_to = [&](std::size_t end) {
+      for (; done < end; done += std::min<std::size_t>(9001, end - done))
+        writer.write(unit + done,
+                     std::span(data).subspan(done, std::min<std::size_t>(9001, end - done)));
+    };
+    write_up_to(data.size() / 2);
+    reader.leave();
+    write_up_to(data.size());
+    writer.flush();
+    CHECK(on(*new_disk, unit, data.size()) == data);
+  }
+  CHECK(reader.storage().calls(Kind::write).empty());
+  CHECK(old_disk->now() == empty);
+  CHECK(serving.lost == 0);
+}
+
+TEST_CASE("who wakes up after its disk was replaced writes to its own, and nobody else's",
+          "[connection]") {
+  Serving serving(64 * unit, GENERATE(0U, 2U));
+  const Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  const auto old_disk = image(40 * unit);
+  const auto new_disk = std::make_shared<MemoryDisk>(40 * unit);
+  const bool stored_before = GENERATE(true, false);
+  const bool stale_first = GENERATE(true, false);
+  Client stale(serving, "a", old_disk, capabilities);
+  stale.write(3 * unit, pattern(5000, 1));
+  if (stored_before)
+    stale.flush();
+  Client writer(serving, "a", new_disk, capabilities);
+  writer.write(0, qcow2_header(16));
+  writer.write(3 * unit, pattern(5000, 2));
+  stale.write(3 * unit + 4000, pattern(50, 3));
+  writer.write(5 * unit, pattern(5000, 4));
+  auto of_stale = pattern(5000, 1);
+  std::ranges::copy(pattern(50, 3), of_stale.begin() + 4000);
+  CHECK(stale.read(3 * unit, 5000) == of_stale);
+  CHECK(writer.read(3 * unit, 5000) == pattern(5000, 2));
+  for (Client* client : {stale_first ? &stale : &writer, stale_first ? &writer : &stale})
+    client->flush();
+  stale.leave();
+  CHECK(on(*old_disk, 3 * unit, 5000) == of_stale);
+  CHECK(on(*new_disk, 3 * unit, 5000) == pattern(5000, 2));
+  CHECK(on(*old_disk, 5 * unit, 5000) == std::vector<std::byte>(5000));
+  CHECK(on(*new_disk, 5 * unit, 5000) == pattern(5000, 4));
+  CHECK(wrote_only(stale, {3}));
+  CHECK(serving.other_disks == 1);
+  CHECK(serving.lost == 0);
+}
+
+TEST_CASE("what is left of a disk is stored there, and nowhere else", "[connection]") {
+  Serving serving(64 * unit, GENERATE(0U, 2U));
+  const Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  const auto disk = image(40 * unit);
+  const auto restored = copy_of(*disk);
+  const auto left = pattern(500, 2);
+  {
+    Client unlucky(serving, "a", disk, capabilities, [](const MemoryStorage::Call& call) {
+      if (call.kind == Kind::write && call.range.begin >= 20 * unit)
+        throw std::system_error(ENOSPC, std::generic_category(), "refused");
+    });
+    unlucky.write(unit, pattern(5000, 1));
+    unlucky.flush();
+    unlucky.write(20 * unit, left);
+  }
+  CHECK(serving.lost == 0);
+  // The first request of the next connection is a read, a write, or a flush.
+  const unsigned request = GENERATE(0U, 1U, 2U);
+  const auto begin = [&](Client& next) {
+    if (request == 1)
+      next.write(30 * unit, pattern(100, 3));
+    else if (request == 2)
+      next.flush();
+  };
+
+  SECTION("kept for the same disk") {
+    Client next(serving, "a", disk, capabilities);
+    begin(next);
+    CHECK(next.read(20 * unit, 500) == left);
+    next.flush();
+    CHECK(on(*disk, 20 * unit, 500) == left);
+    CHECK(serving.lost == 0);
+  }
+  SECTION("lost where there is another") {
+    const unsigned which = GENERATE(0U, 1U, 2U);
+    const auto other = which == 0 ? std::make_shared<MemoryDisk>(40 * unit) : restored;
+    if (which == 2) {
+      disk->write(0, qcow2_header(16), true);
+      other->write(0, qcow2_header(21), true);
+      other->write(unit, pattern(5000, 1), true);
+    }
+    const auto before = on(*other, 20 * unit, 500);
+    Client next(serving, "a", other, capabilities);
+    begin(next);
+    CHECK(next.read(20 * unit, 500) == before);
+    CHECK(serving.lost == 500);
+    next.flush();
+    next.leave();
+    CHECK(on(*other, 20 * unit, 500) == before);
+    CHECK(wrote_only(next, {30}));
+  }
+}
+
+TEST_CASE("a connection that ends stores what it wrote, and what others wrote stays in memory",
+          "[connection]") {
+  Serving serving(64 * unit, 0); // nobody writes in the background
+  const Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  const auto disk = image(40 * unit);
+  Client leaves(serving, "a", disk, capabilities);
+  Client stays(serving, "a", disk, capabilities);
+  leaves.write(3 * unit, pattern(5000, 1));
+  stays.write(5 * unit, pattern(5000, 2));
+  leaves.write(7 * unit, pattern(5000, 3));
+  stays.write(9 * unit, pattern(5000, 4)); // and last: nothing after this makes old units due
+  leaves.leave();
+  CHECK(on(*disk, 3 * unit, 5000) == pattern(5000, 1));
+  CHECK(on(*disk, 7 * unit, 5000) == pattern(5000, 3));
+  CHECK(on(*disk, 9 * unit, 5000) == std::vector<std::byte>(5000));
+  CHECK(wrote_only(leaves, {3, 7}));
+  CHECK(stays.read(9 * unit, 5000) == pattern(5000, 4));
+  stays.leave();
+  CHECK(on(*disk, 5 * unit, 5000) == pattern(5000, 2));
+  CHECK(on(*disk, 9 * unit, 5000) == pattern(5000, 4));
+  CHECK(wrote_only(stays, {5, 9}));
+}
+
+TEST_CASE("a flush stores what others wrote through their own connections", "[connection]") {
+  Serving serving(64 * unit, GENERATE(0U, 2U));
+  const Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  const auto disk = image(40 * unit);
+  Client first(serving, "a", disk, capabilities);
+  Client second(serving, "a", disk, capabilities);
+  for (unsigned i = 3; i < 19; ++i)
+    (i % 4 == 1 ? second : first).write(i * unit, pattern(5000, i));
+  second.flush();
+  for (unsigned i = 3; i < 19; ++i)
+    CHECK(on(*disk, i * unit, 5000) == pattern(5000, i));
+  CHECK(wrote_only(second, {5, 9, 13, 17}));
+  CHECK(wrote_only(first, {3, 4, 6, 7, 8, 10, 11, 12, 14, 15, 16, 18}));
+}
+
+TEST_CASE("an onlooker asks storage for nothing, and keeps nothing", "[connection]") {
+  Serving serving(64 * unit, 0);
+  const Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  const auto disk = image(40 * unit);
+  Client stays(serving, "a", disk, capabilities);
+  {
+    Client writer(serving, "a", disk, capabilities);
+    writer.write(3 * unit, pattern(5000, 1));
+    {
+      Client looks(serving, "a", disk, capabilities);
+      looks.leave();
+      CHECK(looks.storage().calls().empty());
+    }
+    CHECK(on(*disk, 3 * unit, 5000) == std::vector<std::byte>(5000));
+    CHECK(writer.storage().calls(Kind::write).empty());
+  }
+  CHECK(on(*disk, 3 * unit, 5000) == pattern(5000, 1));
+  CHECK(serving.budget().used() == 0);
+  disk->write(3 * unit, pattern(5000, 2), true); // while nobody uses it
+  Client next(serving, "a", disk, capabilities);
+  CHECK(next.read(3 * unit, 5000) == pattern(5000, 2));
+  stays.leave();
+  CHECK(stays.storage().calls().empty());
+}
+
+TEST_CASE("to recognise a connection costs a few reads, and one unit that is written early",
+          "[connection]") {
+  Serving serving(64 * unit, 0); // nobody writes in the background
+  const Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  const auto disk = image(40 * unit);
+  Client writer(serving, "a", disk, capabilities);
+  for (unsigned i = 1; i < 15; ++i)
+    writer.write(2 * i * unit, pattern(5000, i));
+  const std::size_t before = writer.storage().calls(Kind::write).size();
+  Client newcomer(serving, "a", disk, capabilities);
+  CHECK(newcomer.read(28 * unit, 5000) == pattern(5000, 14));
+  CHECK(newcomer.storage().calls(Kind::read).size() <= Witnesses::most);
+  CHECK(newcomer.storage().calls(Kind::write).empty());
+  const std::size_t early = writer.storage().calls(Kind::write).size() - before;
+  CHECK(early == 1);
+  // From now on it is known.
+  const std::size_t calls = newcomer.storage().calls().size();
+  CHECK(newcomer.read(28 * unit, 5000) == pattern(5000, 14));
+  CHECK(newcomer.storage().calls().size() == calls);
 }
 
 TEST_CASE("an export that holds all memory and idles does not starve another", "[connection]") {

@@ -1192,6 +1192,99 @@ TEST_CASE("a connection that sees a smaller export cannot write what lies behind
   CHECK(stored == data);
 }
 
+TEST_CASE("what a guest changes is on its own storage, and takes nothing from others",
+          "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  MemoryStorage guest(MemoryStorage::everything(disk_size)); // another disk, as may turn out
+  guest.disk().write(0, pattern(10 * unit, 9), true);
+  bench.cache->admit(guest);
+  REQUIRE(guest.is_guest());
+  const auto data = pattern(3 * unit + 5000, 1);
+  bench.write(unit + 100, std::span(data).first(5000));
+  bench.cache->flush(bench.storage);
+  bench.write(5 * unit + 100, data);
+  while (bench.cache->write_next(bench.storage)) {
+  }
+  bench.write(5 * unit + 100, data); // some of it clean, all of it dirty again
+  const std::uint64_t unsaved = bench.cache->unsaved().bytes;
+  bench.storage.forget_calls();
+
+  auto expected = pattern(10 * unit, 9);
+  const auto at = [&](std::uint64_t offset) {
+    return expected.begin() + static_cast<std::ptrdiff_t>(offset);
+  };
+  const ByteRange range{5 * unit + 300, 7 * unit + 1000};
+  SECTION("by a write") {
+    const auto written = pattern(range.size(), 2);
+    bench.cache->write(guest, range.begin, written, GENERATE(false, true));
+    std::ranges::copy(written, at(range.begin));
+    const auto elsewhere = pattern(100, 3);
+    bench.cache->write(guest, unit + 200, elsewhere, false);
+    std::ranges::copy(elsewhere, at(unit + 200));
+  }
+  SECTION("by a zero") {
+    bench.cache->zero(guest, range, {});
+    std::fill(at(range.begin), at(range.end), std::byte{0});
+  }
+  SECTION("by a trim") {
+    bench.cache->trim(guest, range, false);
+    std::fill(at(range.begin), at(range.end), std::byte{0});
+  }
+  std::vector<std::byte> seen(10 * unit);
+  guest.disk().read(0, seen);
+  CHECK(seen == expected);
+  bench.cache->read(guest, 0, seen);
+  CHECK(seen == expected);
+  CHECK(bench.storage.calls().empty());
+  CHECK(bench.cache->unsaved().bytes == unsaved);
+  CHECK(bench.read(5 * unit + 100, data.size()) == data);
+  bench.cache->flush(bench.storage);
+  CHECK(bench.on_disk(5 * unit + 100, data.size()) == data);
+  guest.disk().read(0, seen);
+  CHECK(seen == expected);
+  CHECK(guest.violations().empty());
+}
+
+TEST_CASE("who founds a cache anew is the only one who is trusted, and nothing else is known",
+          "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  bench.cache->admit(bench.storage);
+  bench.cache->trust(bench.storage);
+  MemoryStorage founder(MemoryStorage::everything(disk_size));
+  bench.cache->admit(founder);
+  bench.write(5 * unit, pattern(5000, 1));
+  CHECK_FALSE(bench.cache->found_anew(founder)); // somebody's bytes are not stored yet
+  CHECK(founder.is_guest());
+  CHECK_FALSE(bench.storage.is_guest());
+  bench.cache->flush(bench.storage);
+  CHECK(bench.budget.used() > 0);
+  REQUIRE(bench.cache->found_anew(founder));
+  CHECK_FALSE(founder.is_guest());
+  CHECK(bench.storage.is_guest());
+  CHECK(bench.budget.used() == 0);
+  CHECK_FALSE(bench.cache->caching());
+  CHECK(bench.cache->compare(founder, Unit::Clock::now()) == WriteCache::Likeness::unknown);
+  std::vector<std::byte> seen(5000);
+  bench.cache->read(founder, 5 * unit, seen);
+  CHECK(seen == std::vector<std::byte>(5000));
+}
+
+TEST_CASE("what is unsaved goes with what storage last said of it", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  for (unsigned i = 1; i <= 8; ++i)
+    bench.write(2 * i * unit, pattern(100, i));
+  CHECK_FALSE(bench.cache->unsaved().error);
+  {
+    const Refusal refusal(bench.storage, Kind::write, EDQUOT);
+    CHECK(bench.cache->drain(bench.storage).value() == EDQUOT);
+  }
+  CHECK(bench.cache->unsaved().error.value() == EDQUOT);
+  CHECK(bench.cache->unsaved().ranges.count() == 8);
+}
+
 TEST_CASE("zeros are asked for on whole blocks, wherever storage's answers end", "[write_cache]") {
   Capabilities capabilities = MemoryStorage::everything(disk_size);
   capabilities.minimum = 65536;
