@@ -443,8 +443,8 @@ private:
     flush();
     keeps_its_promises_to_storage();
     cache_->forget_all();
-    require(same(peek({0, model_.size()}), model_), "other bytes with nothing cached");
     require(budget_.used() == 0, "memory is in use for nothing");
+    require(same(peek({0, model_.size()}), model_), "other bytes with nothing cached");
   }
 
   fuzz::Input& input_;

@@ -602,6 +602,8 @@ TEST_CASE("a guest is lent for nothing, whoever seems to have written last", "[e
   Client guest(server, "a", shared(), disk, true);
   CHECK(guest.read(100, 5) == "00000");
   REQUIRE(guest.is_guest());
+  Client another(server, "a", shared(), disk, true); // who is alone is trusted
+  CHECK(another.read(100, 5) == "00000");
   // Its storage may have been made where that of a connection was that has ended.
   const bool was_refused = GENERATE(true, false);
   const WriteCache::Next next = guest.waiting({0, unit}, was_refused);

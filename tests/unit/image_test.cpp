@@ -148,7 +148,9 @@ TEST_CASE("who sees what others wrote after it came is trusted", "[image]") {
   const Client newcomer(bench, disk);
   writer.trusted().write(3 * unit, pattern(5000, 1));
   writer.flush();
-  CHECK(newcomer.standing(GENERATE(writes, reads, flushes)) == Standing::trusted);
+  const Image::Request request = GENERATE(writes, reads, flushes);
+  // Where everything is on storage a reader needs nobody.
+  CHECK(newcomer.standing(request) == (request.changes ? Standing::trusted : Standing::guest));
   CHECK(newcomer.storage().calls(Kind::read).size() <= Witnesses::most);
 }
 
@@ -158,7 +160,9 @@ TEST_CASE("who does not see what others wrote is a stranger", "[image]") {
   Client writer(bench, disk);
   writer.trusted().write(3 * unit, pattern(5000, 1));
   writer.flush();
+  const auto leave_something_to_lose = [&] { writer.write(5 * unit, pattern(100, 9)); };
   SECTION("on an empty disk") {
+    leave_something_to_lose();
     const Client newcomer(bench, new_disk());
     CHECK(newcomer.standing(GENERATE(writes, reads, flushes)) == Standing::stranger);
   }
@@ -166,12 +170,14 @@ TEST_CASE("who does not see what others wrote is a stranger", "[image]") {
     const auto copy = copy_of(*disk);
     writer.write(7 * unit, pattern(5000, 2));
     writer.flush();
+    leave_something_to_lose();
     const Client newcomer(bench, copy);
     CHECK(newcomer.standing(GENERATE(writes, reads, flushes)) == Standing::stranger);
   }
   SECTION("when only one byte differs") {
     const auto copy = copy_of(*disk);
     copy->write(3 * unit + 4000, pattern(1, 77), true);
+    leave_something_to_lose();
     const Client newcomer(bench, copy);
     CHECK(newcomer.standing(GENERATE(writes, reads, flushes)) == Standing::stranger);
   }
@@ -256,6 +262,7 @@ TEST_CASE("a connection that cannot be compared gets storage's error", "[image]"
   Client writer(bench, disk);
   writer.trusted().write(3 * unit, pattern(5000, 1));
   writer.flush();
+  writer.write(3 * unit, pattern(100, 2));
   const Client newcomer(bench, disk);
   newcomer.storage().before = [](const MemoryStorage::Call& call) {
     if (call.kind == Kind::read)
@@ -284,7 +291,7 @@ TEST_CASE("others' units are never written through a guest", "[image]") {
   CHECK_FALSE(writer.handle().is_guest());
   CHECK(lent(bench, writer) == &writer.storage());
   CHECK(lent(bench, writer, true) == &writer.storage());
-  CHECK(lent(bench, guest) == &guest.storage());
+  CHECK(lent(bench, guest) == &writer.storage());
   writer.handle().retire();
   CHECK(lent(bench, writer) == nullptr);
   CHECK(lent(bench, writer, true) == nullptr);
