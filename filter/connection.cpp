@@ -59,6 +59,8 @@ void Connection::drain() noexcept {
       // What is left is found, and reported, by whoever looks at the cache next.
     }
   };
+  if (const std::optional<Handle::Use> use = handle_->use(); use && membership_.verifier)
+    membership_.verifier->ends(&use->storage());
   const bool unchecked = membership_.verifier && membership_.verifier->has_work_at_end();
   if (!capabilities().can_write || (membership_.cache->clean() && !unchecked))
     return;
