@@ -11,11 +11,20 @@ std::optional<qcow2::Header> CachedImage::header() {
     return found.header;
   // Where nothing is cached the cache does not look.
   std::array<std::byte, qcow2::header_bytes> bytes{};
-  const std::span<std::byte> there =
-      std::span(bytes).first(std::min<std::uint64_t>(bytes.size(), size()));
+  return qcow2::parse_header(begin(bytes));
+}
+
+const char* CachedImage::header_fault() {
+  std::array<std::byte, qcow2::header_bytes> bytes{};
+  return qcow2::header_fault(begin(bytes));
+}
+
+/// The first bytes of the file, as many as it has.
+std::span<const std::byte> CachedImage::begin(std::span<std::byte> bytes) {
+  const std::span<std::byte> there = bytes.first(std::min<std::uint64_t>(bytes.size(), size()));
   if (!there.empty())
     read(0, there);
-  return qcow2::parse_header(there);
+  return there;
 }
 
 } // namespace qcowcache

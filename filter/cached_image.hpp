@@ -15,6 +15,8 @@ public:
   CachedImage(WriteCache& cache, Storage& storage) noexcept : cache_(cache), storage_(storage) {}
 
   std::optional<qcow2::Header> header() override;
+  const char* header_fault() override;
+  [[nodiscard]] const void* client() const override { return &storage_; }
   [[nodiscard]] std::uint64_t size() const override { return storage_.capabilities().size; }
   [[nodiscard]] std::uint64_t largest_size() const override {
     return std::max(size(), cache_.size());
@@ -24,6 +26,8 @@ public:
   }
 
 private:
+  std::span<const std::byte> begin(std::span<std::byte> bytes);
+
   WriteCache& cache_;
   Storage& storage_;
 };

@@ -74,6 +74,8 @@ void Connection::drain() noexcept {
       // What is left is found, and reported, by whoever looks at the cache next.
     }
   };
+  if (const std::optional<Handle::Use> use = handle_->use(); use && image.verifier() != nullptr)
+    image.verifier()->ends(&use->storage());
   const bool unchecked = image.verifier() != nullptr && image.verifier()->has_work_at_end();
   if (!capabilities().can_write || (image.cache().clean() && !unchecked))
     return;

@@ -19,6 +19,8 @@ struct Row {
   std::string_view cause;
   Unit unit;
   std::string_view help;
+  /// It falls, too.
+  bool is_gauge = false;
 };
 
 constexpr std::string_view partial_help = "Units written before clients had filled them";
@@ -76,7 +78,9 @@ constexpr std::array<Row, counts> table{{
     {Count::verified_zstd_bytes, "verified_zstd_bytes", "", Unit::bytes,
      "Compressed bytes of these clusters"},
     {Count::unreadable_clusters, "unreadable_clusters", "", Unit::number,
-     "Compressed clusters that were found not to be readable"},
+     "Compressed clusters that could not be read when they were last checked", true},
+    {Count::unreadable_alarms, "unreadable_alarms", "", Unit::number,
+     "Compressed clusters that were found not to be readable, each time"},
     {Count::refused_writes, "refused_writes", "", Unit::number, "Writes that storage has refused"},
     {Count::retries, "retries", "", Unit::number,
      "Units that were tried again after storage had refused them"},
@@ -368,7 +372,7 @@ std::string text_report(const Snapshot& snapshot) {
 }
 
 std::string json_report(const Snapshot& snapshot) {
-  std::string text = "{\"version\": 1";
+  std::string text = "{\"version\": 2";
   for (const ServerRow& row : server_table)
     text.append(",\n \"").append(row.name).append("\": ").append(
         number(snapshot.*row.value, row.unit));
@@ -401,8 +405,9 @@ std::string prometheus_report(const Snapshot& snapshot, std::string_view server)
   for (const auto* first = table.begin(); first != table.end();) {
     const auto* const last = std::find_if(
         first, table.end(), [first](const Row& row) { return row.name != first->name; });
-    const std::string name = "qcowcache_" + std::string(first->name) + "_total";
-    begin_family(text, name, first->help, "counter");
+    const std::string name =
+        "qcowcache_" + std::string(first->name) + (first->is_gauge ? "" : "_total");
+    begin_family(text, name, first->help, first->is_gauge ? "gauge" : "counter");
     for (const auto* row = first; row != last; ++row) {
       const std::string labels = server_label + ",export=";
       for (const Snapshot::Export& of : snapshot.exports)

@@ -52,6 +52,7 @@ enum class Count : std::size_t {
   verified_zstd_clusters,
   verified_zstd_bytes,
   unreadable_clusters,
+  unreadable_alarms,
   refused_writes,
   retries,
   lost_bytes,

@@ -142,9 +142,11 @@ private:
 
 Verifier::Verifier(Settings settings, MemoryBudget& budget)
     : settings_(std::move(settings)), memory_(budget, settings_.memory), streams_(&memory_),
-      tables_(&memory_, [this](std::size_t bytes) {
-        return memory_.could_have(bytes) && streams_.drop_lowest();
-      }) {}
+      tables_(&memory_,
+              [this](std::size_t bytes) {
+                return memory_.could_have(bytes) && streams_.drop_lowest();
+              }),
+      counted_(settings_.left.counted) {}
 
 Verifier::~Verifier() = default;
 
@@ -228,7 +230,7 @@ Verifier::InProgress::iterator Verifier::begin(Image& image, const ByteRange& ra
     if (other.range.overlaps(range))
       crossed = other.crossed = true;
   }
-  return in_progress_.insert(in_progress_.end(), {range, ++last_change_, crossed});
+  return in_progress_.insert(in_progress_.end(), {range, ++last_change_, image.client(), crossed});
 }
 
 Verifier::Progress Verifier::end_progress(const Lock& lock, InProgress::iterator entry) {
@@ -246,7 +248,8 @@ Verifier::Progress Verifier::end_progress(const Lock& lock, InProgress::iterator
 
 void Verifier::end(InProgress::iterator entry, std::span<const std::byte> data) {
   Lock lock(mutex_);
-  const auto [range, number, crossed] = end_progress(lock, entry);
+  const auto [range, number, client, crossed] = end_progress(lock, entry);
+  upload_.wrote(range, client);
   if (crossed) {
     tables_.changed(range);
     return;
@@ -274,7 +277,8 @@ void Verifier::end(InProgress::iterator entry, std::span<const std::byte> data) 
 
 void Verifier::end_zeroed(InProgress::iterator entry) {
   const Lock lock(mutex_);
-  const auto [range, number, crossed] = end_progress(lock, entry);
+  const auto [range, number, client, crossed] = end_progress(lock, entry);
+  upload_.zeroed(range);
   if (crossed)
     tables_.changed(range);
   else
@@ -398,10 +402,14 @@ void Verifier::open(Lock& lock, Image& image) {
   opening_ = true;
   try {
     std::optional<Header> header;
+    const char* fault = nullptr;
     {
       const Unlocked unlocked(lock);
       header = known_header(image);
+      if (!header && (settings_.everything || settings_.left.more))
+        fault = image.header_fault();
     }
+    header_fault_ = fault;
     if (header) {
       tables_.set_header(*header);
       const ByteRange l1 = tables_.l1_range();
@@ -627,13 +635,18 @@ bool Verifier::has_work_at_end() const {
 
 bool Verifier::has_work(const Lock& lock) const {
   const bool to_open = !opened_ && (!settings_.left.empty() || settings_.everything);
-  return to_open || header_stale_ || tables_.has_work() || !failures_.empty() ||
-         more_failures_ > 0 || has_rewritten(lock);
+  return to_open || header_stale_ || header_fault_ != nullptr || tables_.has_work() ||
+         !failures_.empty() || more_failures_ > 0 || has_rewritten(lock);
 }
 
 std::size_t Verifier::failing() const {
   const Lock lock(mutex_);
-  return failures_.size() + more_failures_;
+  return failures_.size() + more_failures_ + (header_fault_ != nullptr ? 1U : 0U);
+}
+
+void Verifier::ends(const void* client) noexcept {
+  const Lock lock(mutex_);
+  upload_.left(client);
 }
 
 Verifier::Left Verifier::left() const {
@@ -641,7 +654,9 @@ Verifier::Left Verifier::left() const {
   if (round_ == 0)
     return settings_.left;
   Left left;
-  left.more = more_failures_ > 0 || cut_off_ || left_out_ || has_rewritten(lock);
+  left.counted = counted_;
+  left.more = more_failures_ > 0 || awaited_ > 0 || cut_off_ || left_out_ ||
+              header_fault_ != nullptr || has_rewritten(lock);
   for (const auto& [place, failure] : failures_)
     left.failing.push_back({place.first, place.second, failure.value});
   return left;
@@ -660,11 +675,11 @@ void Verifier::report_unchecked(const std::string& why) {
 Verifier::Outcome Verifier::check(Image& image) {
   const Time deadline = std::chrono::steady_clock::now() + settings_.patience;
   Lock lock(mutex_);
-  const std::uint64_t awaited = last_change_;
+  const std::uint64_t last_before = last_change_;
   const Turn turn(*this, lock);
   if (!has_work(lock))
     return Outcome::clean;
-  awaited_ = awaited;
+  last_before_ = last_before;
   finish_decoding(lock);
   open(lock, image);
   looked_last_ = false;
@@ -679,27 +694,31 @@ Verifier::Outcome Verifier::check(Image& image) {
     std::rethrow_exception(std::exchange(unread_, nullptr));
   }
   told_why_.clear();
-  return failures_.empty() && more_failures_ == 0 ? Outcome::clean : Outcome::damaged;
+  return failures_.empty() && more_failures_ == 0 && header_fault_ == nullptr ? Outcome::clean
+                                                                              : Outcome::damaged;
 }
 
 void Verifier::look(Lock& lock, Image& image) {
   ++round_;
   more_failures_ = 0;
+  awaited_ = 0;
   unread_ = nullptr;
   left_out_ = false;
   tables_changed_ = false;
   looked_.clear();
   refresh_header(lock, image);
-  if (tables_.header()) {
+  if (!tables_.header()) {
+    rewritten_.clear();
+    renewing_.clear();
+  } else if (awaits(lock, image, tables_.l1_range())) {
+    ++awaited_; // no table is known
+  } else {
     refresh_l1(lock, image);
     renew(lock, image);
     refresh_tables(lock, image);
     look_at_unchecked(lock, image);
     if (tables_.lost() && tables_.has_work())
       look_at_everything(lock, image);
-  } else {
-    rewritten_.clear();
-    renewing_.clear();
   }
   // Entries that are gone, or stand for something else now, fail no more.
   std::erase_if(failures_, [this](const auto& item) { return item.second.round != round_; });
@@ -709,14 +728,18 @@ void Verifier::refresh_header(Lock& lock, Image& image) {
   if (!header_stale_)
     return;
   std::optional<Header> header;
+  const char* fault = nullptr;
   try {
     header_stale_ = false;
     const Unlocked unlocked(lock);
     header = known_header(image);
+    if (!header)
+      fault = image.header_fault();
   } catch (...) {
     header_stale_ = true;
     throw;
   }
+  header_fault_ = fault;
   const std::optional<Header>& before = tables_.header();
   if (!header || !before || header->compression != before->compression ||
       header->cluster_size() != before->cluster_size() ||
@@ -766,6 +789,17 @@ void Verifier::note_rewritten(const Lock& /*lock*/, const ByteRange& range) noex
 
 bool Verifier::has_rewritten(const Lock& /*lock*/) const noexcept {
   return tables_.header() && !tables_.lost() && !(rewritten_.empty() && renewing_.empty());
+}
+
+/// Whether an upload has still to come there.
+bool Verifier::awaits(const Lock& /*lock*/, const Image& image, const ByteRange& range) const {
+  return upload_.awaits(range.intersection({0, image.largest_size()}));
+}
+
+/// REQUIRES: the L1 table names one with this index.
+bool Verifier::awaits_table(const Lock& lock, const Image& image, std::uint32_t index) const {
+  const std::uint64_t offset = tables_.table_offset(index);
+  return awaits(lock, image, {offset, offset + tables_.header()->cluster_size()});
 }
 
 /// Entries that name what was written, zeroed or trimmed are new again.
@@ -819,30 +853,35 @@ void Verifier::refresh_tables(Lock& lock, Image& image) {
   std::vector<std::byte> table(tables_.header()->cluster_size());
   for (std::optional<std::uint32_t> index = tables_.stale_from(0); index;
        index = tables_.stale_from(*index + 1)) {
-    if (const std::optional<std::uint64_t> replaced = tables_.replaced(*index)) {
-      const ByteRange old{*replaced, *replaced + table.size()};
-      read_table(lock, image, old.begin, table);
-      if (being_changed(lock, old) || !sees(image, old))
-        tables_.forget_replaced(old);
-      if (tables_.replaced(*index) == replaced) // else it has changed since
-        tables_.load_checked(*index, table);
-    }
-    // It may have been lost meanwhile.
-    if (tables_.has_table(*index)) {
-      const std::uint64_t offset = tables_.table_offset(*index);
-      if (sees(image, {offset, offset + table.size()}))
-        refresh_table(lock, image, *index, table);
-      else
-        left_out_ = true;
-    }
+    read_replaced(lock, image, *index, table);
+    if (tables_.has_table(*index)) // it may have been lost meanwhile
+      refresh_table(lock, image, *index, table);
     confirm(lock);
   }
+}
+
+/// Reads, into `table`, what stood where this table stands now, if that counts as checked.
+void Verifier::read_replaced(Lock& lock, Image& image, std::uint32_t index,
+                             std::span<std::byte> table) {
+  const std::optional<std::uint64_t> replaced = tables_.replaced(index);
+  if (!replaced)
+    return;
+  const ByteRange old{*replaced, *replaced + table.size()};
+  read_table(lock, image, old.begin, table);
+  if (being_changed(lock, old) || !sees(image, old))
+    tables_.forget_replaced(old);
+  if (tables_.replaced(index) == replaced) // else it has changed since
+    tables_.load_checked(index, table);
 }
 
 /// Reads a table into `table`, and gives it a copy, or looks at it.
 void Verifier::refresh_table(Lock& lock, Image& image, std::uint32_t index,
                              std::span<std::byte> table) {
   const std::uint64_t offset = tables_.table_offset(index);
+  if (!sees(image, {offset, offset + table.size()})) {
+    left_out_ = true;
+    return;
+  }
   const auto looked = looked_.find(offset);
   const bool again = looked != looked_.end() && tables_.all_new(index);
   tables_.begin_reading(index);
@@ -910,7 +949,7 @@ std::size_t Verifier::look_at_table(Lock& lock, Image& image, std::uint32_t l1_i
   if (failures_.size() >= most_failures)
     tally.some_bad = {}; // no more than their number will be remembered
   const auto looked = looked_.find(offset);
-  if (looked != looked_.end() && failed == tally.bad)
+  if (looked != looked_.end() && failed == tally.bad + tally.awaited)
     looked->second.tally = std::move(tally);
   return failed;
 }
@@ -921,19 +960,21 @@ std::size_t Verifier::look_at_twin(Lock& lock, Image& image, std::uint32_t l1_in
   count_good(lock, twin.good, twin.good_bytes);
   const std::size_t failed = twin.failed;
   const auto known = failures_.lower_bound({l1_index, 0});
+  awaited_ += twin.awaited;
   if (failures_.size() >= most_failures &&
       (known == failures_.end() || known->first.first != l1_index)) {
-    more_failures_ += failed; // as each of them would say
+    more_failures_ += twin.bad; // as each of them would say
     return failed;
   }
   std::vector<Entry> entries = twin.some_bad;
-  const std::size_t others = failed - entries.size();
+  const std::size_t others = twin.bad - entries.size();
+  const std::size_t awaited = twin.awaited;
   for (Entry& entry : entries)
     entry.l1_index = l1_index;
   Tally tally;
   look_at(lock, image, entries, tally);
   more_failures_ += others;
-  return tally.failed + others;
+  return tally.failed + others + awaited;
 }
 
 void Verifier::look_at_everything(Lock& lock, Image& image) {
@@ -943,9 +984,12 @@ void Verifier::look_at_everything(Lock& lock, Image& image) {
   std::vector<std::byte> table(header.cluster_size());
   std::size_t failed = 0;
   const auto leaves_out = [&](std::uint64_t offset, std::size_t size) {
-    if (sees(image, {offset, offset + size}))
+    const ByteRange range{offset, offset + size};
+    const bool is_awaited = awaits(lock, image, range);
+    if (!is_awaited && sees(image, range))
       return false;
-    left_out_ = true;
+    awaited_ += is_awaited ? 1U : 0U;
+    left_out_ = left_out_ || !is_awaited;
     ++failed;
     return true;
   };
@@ -998,6 +1042,11 @@ void Verifier::look_at(Lock& lock, Image& image, std::span<const Entry> entries,
     const auto known = failures_.find({entry.l1_index, entry.l2_index});
     if (remembered > 0 && remembered <= data.size()) {
       good(lock, entry, remembered, tally);
+    } else if (upload_.awaits(data) ||
+               (tables_.has_table(entry.l1_index) && awaits_table(lock, image, entry.l1_index))) {
+      ++awaited_;
+      ++tally.awaited;
+      ++tally.failed;
     } else if (known != failures_.end() && known->second.value == entry.value &&
                known->second.end == data.end && !known->second.touched) {
       known->second.round = round_;
@@ -1173,8 +1222,8 @@ bool Verifier::wait_for_late(Lock& lock, std::chrono::steady_clock::time_point d
         touched = touched || failure.touched;
         for (const Progress& change : in_progress_) {
           const bool here = change.range.overlaps(failure.data);
-          earlier = earlier || (here && change.number <= awaited_);
-          later = later || (here && change.number > awaited_);
+          earlier = earlier || (here && change.number <= last_before_);
+          later = later || (here && change.number > last_before_);
         }
       }
     }
@@ -1192,7 +1241,14 @@ bool Verifier::wait_for_late(Lock& lock, std::chrono::steady_clock::time_point d
   }
 }
 
-void Verifier::settle_and_report(const Lock& /*lock*/) {
+/// The count rises and falls: what it wraps around when it falls is made up for where all are
+/// added.
+void Verifier::count_unreadable(const Lock& /*lock*/) {
+  const std::uint64_t now = failures_.size() + more_failures_;
+  settings_.counters->add(Count::unreadable_clusters, now - std::exchange(counted_, now));
+}
+
+void Verifier::settle_and_report(const Lock& lock) {
   std::size_t fresh = 0;
   for (auto& [place, failure] : failures_) {
     failure.settled = true;
@@ -1211,7 +1267,10 @@ void Verifier::settle_and_report(const Lock& /*lock*/) {
   }
   fresh += more_failures_ - std::min(more_failures_, more_reported_);
   more_reported_ = more_failures_;
-  settings_.counters->add(Count::unreadable_clusters, fresh);
+  settings_.counters->add(Count::unreadable_alarms, fresh);
+  count_unreadable(lock);
+  if (header_fault_ != std::exchange(told_fault_, header_fault_) && header_fault_ != nullptr)
+    settings_.report(std::string("nobody can open the image: ") + header_fault_);
   if (fresh > most_reported)
     settings_.report(std::to_string(fresh - most_reported) +
                      " more compressed clusters cannot be read");

@@ -9,6 +9,7 @@
 #include "qcow2/table_follower.hpp"
 #include "qcow2/verdicts.hpp"
 #include "statistics.hpp"
+#include "upload.hpp"
 
 #include <atomic>
 #include <cerrno>
@@ -55,6 +56,10 @@ namespace qcowcache {
 /// something bad first waits for writes there that had begun before it, and then a while for late
 /// ones.
 ///
+/// While an image is uploaded from front to back (`Upload`), what lies behind the front is awaited,
+/// tables and data: it is not looked at, fails no flush, and nobody waits for it; with the last
+/// client that uploads that is over.
+///
 /// The image is a client's, and may be made to cost work: so a stream, or a table, that many
 /// entries name is looked at once in a check, decoding goes by turns with those of other images
 /// (`DecompressorPool`), a write decodes only where nobody has to wait for that, and a check ends
@@ -86,10 +91,15 @@ public:
 
     /// The header, if there is one. Throws std::system_error.
     virtual std::optional<qcow2::Header> header() = 0;
+    /// Why nobody can open what has a header that says it is an image; nullptr: that is not so.
+    /// Lives as long as the program. Throws std::system_error.
+    virtual const char* header_fault() { return nullptr; }
     /// Of what the caller can read, in bytes.
     [[nodiscard]] virtual std::uint64_t size() const = 0;
     /// Of what anybody can read who shares the verifier: what lies behind `size` is left to them.
     [[nodiscard]] virtual std::uint64_t largest_size() const { return size(); }
+    /// Stands for the client whose image this is.
+    [[nodiscard]] virtual const void* client() const { return nullptr; }
     /// Reads what clients would read. The range lies within the size and is not empty. Throws
     /// std::system_error.
     virtual void read(std::uint64_t offset, std::span<std::byte> data) = 0;
@@ -101,6 +111,8 @@ public:
     std::vector<Entry> failing;
     /// There were more, or a check came to no end: everything is to be looked at.
     bool more = false;
+    /// How many are counted as unreadable.
+    std::uint64_t counted = 0;
 
     [[nodiscard]] bool empty() const noexcept { return failing.empty() && !more; }
   };
@@ -150,6 +162,7 @@ private:
   struct Progress {
     ByteRange range;
     std::uint64_t number = 0;
+    const void* client = nullptr;
     /// Another one overlapped it, so that nobody knows which of their bytes are there now.
     bool crossed = false;
   };
@@ -212,6 +225,9 @@ public:
   /// Other clients delay it by what is being checked for them at the moment, and by writes that had
   /// begun before it; what they do after that delays it no longer than `patience`.
   Outcome check(Image& image);
+  /// The client of this name (`Image::client`) is going to end, and what it has not written will
+  /// not come: to be said before its last check.
+  void ends(const void* client) noexcept;
   /// Whether a check has anything to do, or would fail.
   [[nodiscard]] bool has_work() const;
   /// Whether one is needed at the end of a connection: nobody asked for a look at everything then.
@@ -289,7 +305,9 @@ private:
     std::uint64_t good_bytes = 0;
     /// Entries that are not known to be good.
     std::size_t failed = 0;
-    /// Those of them that cannot be read, and the first of these.
+    /// Those of them whose data is still to come.
+    std::size_t awaited = 0;
+    /// Those that cannot be read, and the first of these.
     std::size_t bad = 0;
     std::vector<Entry> some_bad;
   };
@@ -351,6 +369,8 @@ private:
   void note_rewritten(const Lock&, const ByteRange& range) noexcept;
   [[nodiscard]] bool has_rewritten(const Lock&) const noexcept;
   void look(Lock& lock, Image& image);
+  [[nodiscard]] bool awaits(const Lock&, const Image& image, const ByteRange& range) const;
+  [[nodiscard]] bool awaits_table(const Lock& lock, const Image& image, std::uint32_t index) const;
   void renew(Lock& lock, Image& image);
   bool renew_unread(Lock& lock, Image& image, std::uint32_t index, std::span<std::byte> table);
   void refresh_header(Lock& lock, Image& image);
@@ -358,6 +378,7 @@ private:
   void refresh_tables(Lock& lock, Image& image);
   void look_at_everything(Lock& lock, Image& image);
   void look_at_unchecked(Lock& lock, Image& image);
+  void read_replaced(Lock& lock, Image& image, std::uint32_t index, std::span<std::byte> table);
   void refresh_table(Lock& lock, Image& image, std::uint32_t index, std::span<std::byte> table);
   std::size_t look_at_table(Lock& lock, Image& image, std::uint32_t l1_index, std::uint64_t offset,
                             std::span<const std::byte> table);
@@ -371,6 +392,7 @@ private:
   static void note_bad(const Entry& entry, Tally& tally);
   bool wait_for_late(Lock& lock, Time deadline);
   void settle_and_report(const Lock&);
+  void count_unreadable(const Lock&);
 
   const Settings settings_;
   DecompressorPool::Account account_;
@@ -397,7 +419,7 @@ private:
   InProgress in_progress_;
   std::uint64_t last_change_ = 0;
   /// The last change that had begun when the check that is running was asked for.
-  std::uint64_t awaited_ = 0;
+  std::uint64_t last_before_ = 0;
   /// By L1 index.
   std::map<std::uint32_t, Kept> being_kept_;
   /// How many changes are in progress that could not be noted.
@@ -420,6 +442,14 @@ private:
   std::size_t more_failures_ = 0;
   /// How many of those the operator was told of.
   std::size_t more_reported_ = 0;
+  Upload upload_;
+  /// How many entries of the last round wait for it.
+  std::size_t awaited_ = 0;
+  /// Why nobody can open the image, and what the operator was told of that.
+  const char* header_fault_ = nullptr;
+  const char* told_fault_ = nullptr;
+  /// How many are counted as unreadable.
+  std::uint64_t counted_;
   /// Why clusters could not be read from storage in the last round, the first of them.
   std::exception_ptr unread_;
   /// The last check threw.

@@ -46,7 +46,35 @@ void read_tables(std::span<const std::byte> bytes, Header& header) noexcept {
     header.snapshots = {snapshots_offset, snapshots};
 }
 
+/// The field is there when the header is longer.
+unsigned compression_type(std::span<const std::byte> bytes) noexcept {
+  const bool has_field =
+      big_endian<std::uint32_t>(bytes, 100) > version_3_length && bytes.size() > version_3_length;
+  return has_field ? std::to_integer<unsigned>(bytes[version_3_length]) : 0U;
+}
+
+/// REQUIRES: a header of version 3. Returns what is wrong, or nullptr.
+const char* compression_fault(std::span<const std::byte> bytes) noexcept {
+  const unsigned type = compression_type(bytes);
+  // The feature bit says whether it is not deflate.
+  const bool bit = (big_endian<std::uint64_t>(bytes, 72) & has_compression_type) != 0;
+  if (type > 1)
+    return "its header has a compression type that does not exist";
+  if (type != 0 && !bit)
+    return "its header has a compression type, without the feature bit for it";
+  if (type == 0 && bit)
+    return "its header has the feature bit for a compression type, and no compression type";
+  return nullptr;
+}
+
 } // namespace
+
+const char* header_fault(std::span<const std::byte> bytes) noexcept {
+  if (bytes.size() < version_3_length || big_endian<std::uint32_t>(bytes, 0) != magic ||
+      big_endian<std::uint32_t>(bytes, 4) != 3)
+    return nullptr;
+  return compression_fault(bytes);
+}
 
 std::optional<Header> parse_header(std::span<const std::byte> bytes) noexcept {
   if (bytes.size() < version_2_length || big_endian<std::uint32_t>(bytes, 0) != magic)
@@ -80,11 +108,9 @@ std::optional<Header> parse_header(std::span<const std::byte> bytes) noexcept {
   if (header.extended_l2 && header.cluster_bits < least_extended_l2_cluster_bits)
     return std::nullopt;
 
-  // The field is there when the header is longer; the feature bit says whether it is not deflate.
-  const bool has_field = header_length > version_3_length && bytes.size() > version_3_length;
-  const auto type = has_field ? std::to_integer<unsigned>(bytes[version_3_length]) : 0U;
-  if (type > 1 || (type != 0) != ((features & has_compression_type) != 0))
+  if (compression_fault(bytes) != nullptr)
     return std::nullopt;
+  const unsigned type = compression_type(bytes);
   header.compression = type == 1 ? Compression::zstd : Compression::deflate;
   return header;
 }

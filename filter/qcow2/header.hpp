@@ -70,4 +70,10 @@ struct Header {
 /// error. Pure; never fails on any input.
 [[nodiscard]] std::optional<Header> parse_header(std::span<const std::byte> bytes) noexcept;
 
+/// Why nobody can open an image with this header though it has the format's magic number and
+/// version, from the same bytes; nullptr when it can be opened, or is no image at all. Says only
+/// what no client writes on its way to a good header: a compression type that contradicts the
+/// feature bits, or that does not exist. Lives as long as the program.
+[[nodiscard]] const char* header_fault(std::span<const std::byte> bytes) noexcept;
+
 } // namespace qcowcache::qcow2

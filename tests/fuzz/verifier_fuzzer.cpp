@@ -174,6 +174,8 @@ private:
     settings.decompressors = decompressors_;
     verifier_ = std::make_unique<Verifier>(std::move(settings), budget_);
     unused_ = true;
+    uploaded_.clear();
+    ever_written_.clear();
   }
 
   void step() {
@@ -302,6 +304,37 @@ private:
     Change change = begin_change({offset, offset + fits.size()});
     store(offset, fits);
     change.wrote(fits);
+    upload({offset, offset + fits.size()});
+  }
+  /// Who writes each byte once, from the first one on, uploads an image.
+  void upload(const ByteRange& range) {
+    ever_written_.add(range);
+    if (range.begin == 0 && !range.empty())
+      uploaded_ = ByteRanges(range);
+    else if (uploaded_.empty() || uploaded_.overlaps(range))
+      uploaded_.clear();
+    else
+      uploaded_.add(range);
+  }
+  /// Whether an entry names what such a client has not come to yet, but for what there is of its
+  /// last sector.
+  bool is_awaited(const Place& place, const Header& header) {
+    const auto is_to_come = [&](const ByteRange& range) {
+      const ByteRange data = range.intersection({0, image_.size()});
+      if (uploaded_.empty() || data.empty())
+        return false;
+      const ByteRange last{(data.end - 1) / 512 * 512, data.end};
+      return uploaded_.hull().end <= last.begin && !ever_written_.overlaps(last);
+    };
+    const std::uint64_t entry_at = header.l1.offset + std::get<0>(place) * 8;
+    std::vector<std::byte> entry(8);
+    if (entry_at + 8 <= image_.size())
+      copy_bytes(std::span(image_.bytes).subspan(entry_at, 8), entry.begin());
+    const std::uint64_t table =
+        qcow2::l2_table_offset(qcow2::l1_entry(entry, 0), header).value_or(0);
+    return is_to_come(qcow2::compressed_cluster(std::get<2>(place), header).range()) ||
+           is_to_come(qcow2::l1_range(header)) ||
+           is_to_come({table, table + header.cluster_size()});
   }
   void zero(const ByteRange& range) {
     Change change = begin_change(range);
@@ -377,11 +410,16 @@ private:
       check(true);
     if ((chosen & 2U) != 0) {
       first.wrote(a);
+      upload({at, at + a.size()});
       second.wrote(b);
+      upload({at, at + b.size()});
     } else {
       second.wrote(b);
+      upload({at, at + b.size()});
       first.wrote(a);
+      upload({at, at + a.size()});
     }
+    rewritten_.add({at, at + std::max(a.size(), b.size())});
   }
 
   void write_header() {
@@ -487,7 +525,7 @@ private:
       require(image_.refused, "a check failed, and no read had");
     }
     opening_ = false;
-    if (!changing) // else it is still being written
+    if (outcome)
       rewritten_.clear();
     const Found found = know(false);
     if (!outcome || changing || met_ || outsized_)
@@ -497,8 +535,9 @@ private:
       require(verifier_->failing() <= found.bad.size(), "more failures than there are");
     } else {
       require(verifier_->failing() == 0, "clean, with failures");
+      const auto header = qcow2::parse_header(std::span(image_.bytes).first(qcow2::header_bytes));
       for (const Place& bad : found.bad)
-        require(known_.contains(bad), "damage that was not found");
+        require(known_.contains(bad) || is_awaited(bad, *header), "damage that was not found");
     }
   }
 
@@ -515,6 +554,9 @@ private:
   std::uint64_t l1_at_ = 0;
   /// What no check needs to look at: it was good once, or there before the verifier.
   std::set<Place> known_;
+  /// By the upload that is going on.
+  ByteRanges uploaded_;
+  ByteRanges ever_written_;
   /// What was changed since the check before.
   ByteRanges rewritten_;
   /// The verifier has seen no change.

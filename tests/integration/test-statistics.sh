@@ -29,8 +29,9 @@ COUNTS = {
     "storage_read_bytes", "fill_up_reads", "fill_up_read_bytes", "storage_flushes",
     "storage_zeros", "storage_trims", "memory_wait_seconds", "refused_writes", "retries",
     "lost_bytes", "verified_deflate_clusters", "verified_deflate_bytes", "verified_zstd_clusters",
-    "verified_zstd_bytes", "unreadable_clusters",
+    "verified_zstd_bytes", "unreadable_alarms",
 }
+LEVELS = {"unreadable_clusters"}
 DERIVED = {"average_client_write_bytes", "average_storage_write_bytes", "write_amplification"}
 SERVER = {"elapsed_seconds", "memory_limit_bytes", "memory_used_bytes", "memory_peak_bytes"}
 
@@ -39,9 +40,9 @@ def from_json(path):
     with open(path) as file:
         report = json.load(file)
     assert report.keys() == SERVER | {"version", "exports", "others", "total"}, report.keys()
-    assert report["version"] == 1
+    assert report["version"] == 2
     for export in report["exports"] + [report["total"]]:
-        assert export.keys() == COUNTS | DERIVED | {"name", "partial_units"}, export.keys()
+        assert export.keys() == COUNTS | LEVELS | DERIVED | {"name", "partial_units"}, export.keys()
         assert export["partial_units"].keys() == CAUSES
     return report
 
@@ -59,8 +60,8 @@ def from_prometheus(path, server):
         for sample in family.samples:
             labels = dict(sample.labels)
             assert labels.pop("server") == server, sample
-            if family.type == "counter":
-                assert sample.name == family.name + "_total", sample
+            if family.type == "counter" or name in LEVELS:
+                assert sample.name == family.name + ("_total" if name not in LEVELS else ""), sample
                 counts = exports.setdefault(labels.pop("export"), {"partial_units": {}})
                 key = name
                 if name == "partial_units":
@@ -68,7 +69,7 @@ def from_prometheus(path, server):
                 assert key not in counts, f"{sample} twice"
                 counts[key] = sample.value
             assert not labels, sample
-    assert {name for name, kind in types.items() if kind == "gauge"} == SERVER, types
+    assert {name for name, kind in types.items() if kind == "gauge"} == SERVER | LEVELS, types
     assert {name for name, kind in types.items() if kind == "counter"} == COUNTS | {"partial_units"}, types
     for counts in exports.values():
         assert counts["partial_units"].keys() == CAUSES

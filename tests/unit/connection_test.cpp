@@ -791,8 +791,9 @@ TEST_CASE("a check that nobody waits for ends, and so does the one at the connec
   }
   {
     VerifiedClient client(server, "", disk, capabilities);
-    client.write(0, bytes);
     client.write(4 * unit, deflated(std::vector<std::byte>(unit)));
+    client.write(6 * unit, pattern(unit, 1)); // nothing more is to come
+    client.write(0, bytes);
     server.interrupted = true;
     CHECK_THROWS_AS(client.check(), Verifier::Interrupted);
     CHECK(server.told.empty());

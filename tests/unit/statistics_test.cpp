@@ -218,7 +218,7 @@ TEST_CASE("the reports' forms", "[statistics]") {
   CHECK(has(prometheus_report(snapshot, "s"),
             "# TYPE qcowcache_elapsed_seconds gauge\n"
             "qcowcache_elapsed_seconds{server=\"s\"} 12.034567890\n"));
-  CHECK(has(json_report(snapshot), "{\"version\": 1,\n \"elapsed_seconds\": 12.034567890,\n"));
+  CHECK(has(json_report(snapshot), "{\"version\": 2,\n \"elapsed_seconds\": 12.034567890,\n"));
   CHECK(has(json_report(snapshot), R"("partial_units": {"flush": 13000, "disconnect": 14000,)"));
   CHECK(has(json_report(snapshot), "\"average_client_write_bytes\": 3.000000"));
   CHECK(has(json_report(Snapshot()), "\"exports\": [],\n \"others\": null"));

@@ -50,7 +50,7 @@ TEST_CASE("the file's name says in which form statistics are reported", "[stats_
         scratch.file(name), [] { return Snapshot(); }, [](const std::string& line) { FAIL(line); });
     file.stop();
   }
-  CHECK(scratch.content("s.json").substr(0, 13) == "{\"version\": 1");
+  CHECK(scratch.content("s.json").substr(0, 13) == "{\"version\": 2");
   CHECK(scratch.content("disk.prom").substr(0, 7) == "# HELP ");
   CHECK(scratch.content("disk.prom").find("{server=\"disk\"}") != std::string::npos);
   CHECK(scratch.content("s.txt").substr(0, 24) == "nbdkit-qcowcache-filter\n");

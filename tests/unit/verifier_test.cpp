@@ -56,6 +56,11 @@ public:
     const std::lock_guard lock(mutex_);
     return qcow2::parse_header(std::span(bytes).first(qcow2::header_bytes));
   }
+  const char* header_fault() override {
+    const std::lock_guard lock(mutex_);
+    return qcow2::header_fault(std::span(bytes).first(qcow2::header_bytes));
+  }
+  [[nodiscard]] const void* client() const override { return this; }
   [[nodiscard]] std::uint64_t size() const override { return seen.value_or(bytes.size()); }
   [[nodiscard]] std::uint64_t largest_size() const override { return bytes.size(); }
   void read(std::uint64_t offset, std::span<std::byte> data) override {
@@ -424,6 +429,143 @@ TEST_CASE("what a check had no time for is new again for the next one, too", "[v
   CHECK(bench.check() == Outcome::damaged);
 }
 
+TEST_CASE("what an upload has not come to yet fails no flush, and is no alarm", "[verifier]") {
+  const auto compression = GENERATE(Compression::deflate, Compression::zstd);
+  Bench made;
+  made.create(compression);
+  std::uint64_t at = data_at;
+  for (std::uint32_t i = 0; i < 100; ++i) {
+    const auto stream = compressed(compression, compressible(cluster, i));
+    made.image.store(at, stream);
+    made.image.store(l2_at + i * 8, number(entry_of(at, stream.size())));
+    at += stream.size();
+  }
+  const std::uint64_t end = at;
+  const std::uint64_t size = align_up(end, cluster);
+  // One that waits would wait for minutes.
+  Bench upload(std::chrono::minutes(5), GENERATE(std::size_t{64} << 20U, std::size_t{0}));
+  const auto write = [&](std::uint64_t from, std::uint64_t to) {
+    upload.write(from, std::span(made.image.bytes).subspan(from, to - from));
+  };
+  // Old data lies where nothing has been written yet.
+  const bool is_old = GENERATE(true, false);
+  if (is_old)
+    upload.image.store(0, pattern(image_size, 3));
+  const std::uint64_t broken = data_at + 30 * 1024;
+  const bool is_broken = GENERATE(true, false);
+  if (is_broken)
+    made.image.store(broken, std::vector(4096, std::byte{0xff}));
+  for (std::uint64_t from = 0; from < size; from += cluster) {
+    write(from, from + cluster);
+    if (from + cluster <= broken) {
+      CHECK(upload.check() == Outcome::clean);
+      CHECK(upload.verifier.failing() == 0);
+    }
+  }
+  CHECK(upload.reported.empty());
+  CHECK(upload[Count::unreadable_alarms] == 0);
+  if (is_broken) {
+    upload.verifier.ends(&upload.image);
+    Verifier next(after(upload.verifier), upload.budget);
+    CHECK(next.check(upload.image) == Outcome::damaged);
+  } else {
+    CHECK(upload.check() == Outcome::clean);
+    CHECK_FALSE(upload.verifier.has_work());
+    CHECK_FALSE(upload.verifier.left().more);
+  }
+}
+
+TEST_CASE("an upload that ends too early has failed", "[verifier]") {
+  Bench made;
+  made.create();
+  const auto stream = deflated(compressible(cluster, 1));
+  made.image.store(data_at, stream);
+  made.publish(3, entry_of(data_at, stream.size()));
+  made.publish(4, entry_of(data_at + cluster, stream.size()));
+  Bench upload;
+  upload.write(0, std::span(made.image.bytes).first(data_at + 100));
+  CHECK(upload.check() == Outcome::clean);
+  CHECK(upload.verifier.has_work());
+  CHECK(upload.verifier.left().more);
+  CHECK(upload[Count::unreadable_clusters] == 0);
+  const int onlooker = 0;
+  upload.verifier.ends(&onlooker);
+  CHECK(upload.check() == Outcome::clean);
+  upload.verifier.ends(&upload.image);
+  CHECK(upload.check() == Outcome::damaged);
+  CHECK(upload.verifier.failing() == 2);
+  CHECK(upload[Count::unreadable_clusters] == 2);
+  CHECK(upload[Count::unreadable_alarms] == 2);
+}
+
+TEST_CASE("what is behind the front of an upload, and bad, fails it", "[verifier]") {
+  Bench made;
+  made.create();
+  made.publish(3, entry_of(data_at, 300));
+  made.publish(4, entry_of(image_size + 512, 300)); // where no upload ever comes
+  Bench upload;
+  upload.write(0, std::span(made.image.bytes).first(data_at));
+  CHECK(upload.check() == Outcome::damaged);
+  CHECK(upload.verifier.failing() == 1);
+  CHECK(says(upload.reported, "past the end of the file"));
+  upload.write(data_at, std::span(made.image.bytes).subspan(data_at, 300));
+  CHECK(upload.check() == Outcome::damaged);
+  CHECK(upload.verifier.failing() == 2);
+}
+
+TEST_CASE("unreadable clusters are counted as long as they are", "[verifier]") {
+  Bench bench;
+  bench.create();
+  bench.publish(3, bad_entry);
+  bench.publish(4, bad_entry + cluster);
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench[Count::unreadable_clusters] == 2);
+  bench.publish(3, 0);
+  CHECK(bench.check() == Outcome::damaged);
+  CHECK(bench[Count::unreadable_clusters] == 1);
+  // The next verifier goes on from there.
+  Verifier::Settings settings = after(bench.verifier);
+  settings.counters = bench.counters;
+  Verifier next(std::move(settings), bench.budget);
+  CHECK(next.check(bench.image) == Outcome::damaged);
+  CHECK(bench[Count::unreadable_clusters] == 1);
+  {
+    Verifier::Change change(&next, bench.image, {l2_at + 32, l2_at + 40});
+    bench.image.store(l2_at + 32, number(0));
+    change.wrote(number(0));
+  }
+  CHECK(next.check(bench.image) == Outcome::clean);
+  CHECK(bench[Count::unreadable_clusters] == 0);
+  CHECK(bench[Count::unreadable_alarms] == 3);
+}
+
+TEST_CASE("a header that nobody can open does not pass in silence", "[verifier]") {
+  Bench bench;
+  bench.create();
+  const bool zstd_alone = GENERATE(true, false);
+  if (zstd_alone)
+    bench.write(104, std::vector{std::byte{1}}); // without its feature bit
+  else
+    bench.write(72, number(8)); // the bit alone
+  for (unsigned i = 0; i < 2; ++i) {
+    CHECK(bench.check() == Outcome::damaged);
+    CHECK(bench.verifier.failing() == 1);
+    REQUIRE(bench.reported.size() == 1);
+    CHECK(says(bench.reported, "nobody can open the image"));
+  }
+  Verifier next(after(bench.verifier), bench.budget);
+  CHECK(next.check(bench.image) == Outcome::damaged);
+  // Before it was there it is nobody's news, but for who asks for everything.
+  Verifier::Settings settings;
+  settings.report = [](const std::string& /*line*/) {};
+  CHECK(Verifier(settings, bench.budget).check(bench.image) == Outcome::clean);
+  settings.everything = true;
+  CHECK(Verifier(settings, bench.budget).check(bench.image) == Outcome::damaged);
+  bench.write_header(Compression::deflate);
+  CHECK(bench.check() == Outcome::clean);
+  CHECK(bench.verifier.failing() == 0);
+}
+
 TEST_CASE("many scattered changes are noted about where they are", "[verifier]") {
   Bench bench;
   bench.image.bytes.resize(2 * image_size);
@@ -738,11 +880,9 @@ TEST_CASE("a table that changes while its old content is read is not taken for o
   SECTION("into one of larger clusters") {
     expected = Outcome::clean;
     meeting.before = [&] {
-      std::vector<std::byte> header(bench.image.bytes.begin(), bench.image.bytes.begin() + 512);
       const std::uint64_t large = 65536;
-      std::ranges::copy(number(16, 4), header.begin() + 20);
-      std::ranges::copy(number(large), header.begin() + 40);
-      bench.write(0, header);
+      bench.write(20, number(16, 4));
+      bench.write(40, number(large));
       bench.write(large, number(2 * large));
       bench.image.unreadable = {2 * large, 3 * large};
       CHECK_THROWS_AS(bench.check(), std::system_error); // it knows the L1 table, but no other
@@ -850,11 +990,9 @@ TEST_CASE("a change that could not be noted may be anywhere, until it ends", "[v
 
 TEST_CASE("a header that there was no memory to read is read by the next check", "[verifier]") {
   Opened bench;
-  std::vector<std::byte> header(bench.image.bytes.begin(), bench.image.bytes.begin() + 512);
-  std::ranges::copy(number(8 * cluster), header.begin() + 40); // the L1 table moves
   bench.write(8 * cluster, number(other_at));
   bench.write(other_at, number(bad_entry));
-  bench.write(0, header);
+  bench.write(40, number(8 * cluster)); // the L1 table moves
   bench.image.before_header = [] { throw std::bad_alloc(); };
   CHECK_THROWS_AS(bench.check(), std::bad_alloc);
   CHECK(bench.check() == Outcome::damaged);
