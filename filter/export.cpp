@@ -43,7 +43,8 @@ Export::Comparison Export::compare(Images candidates, Handle& handle,
                                    const Image::Request& request) {
   Comparison found;
   // The one that it uses already comes first.
-  std::ranges::stable_partition(candidates, [&](const auto& each) { return each == present; });
+  std::stable_partition(candidates.begin(), candidates.end(),
+                        [&](const auto& each) { return each == present; });
   for (const std::shared_ptr<Image>& candidate : candidates) {
     handle.count_in(candidate->cache().counters());
     found.standing = candidate->standing(handle, request);

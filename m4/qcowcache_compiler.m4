@@ -44,7 +44,7 @@ AC_DEFUN([QCOWCACHE_PRECOMPILED],
 #endif
 ]])], [PRECOMPILED_SUFFIX=pch
   PRECOMPILED_CXXFLAGS=], [PRECOMPILED_SUFFIX=gch
-  PRECOMPILED_CXXFLAGS=-Wno-stringop-overread])
+  PRECOMPILED_CXXFLAGS="-Wno-array-bounds -Wno-restrict -Wno-stringop-overflow -Wno-stringop-overread"])
 AC_SUBST([PRECOMPILED_SUFFIX])
 AC_SUBST([PRECOMPILED_CXXFLAGS])])
 
