@@ -18,7 +18,7 @@ constexpr std::uint64_t l1_at = 3 * cluster;
 constexpr std::uint64_t copied = std::uint64_t{1} << 63U;
 
 std::uint64_t stream(std::uint64_t number) {
-  return std::uint64_t{1} << 62U | (std::uint64_t{1} << 30U) + number * 777;
+  return std::uint64_t{1} << 62U | ((std::uint64_t{1} << 30U) + number * 777);
 }
 
 std::vector<std::byte> bytes_of(const std::vector<std::uint64_t>& numbers) {
