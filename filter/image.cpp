@@ -153,9 +153,6 @@ Image::Standing Image::standing(Handle& newcomer, const Request& request) const 
     case WriteCache::Likeness::same_disk:
       return Standing::trusted;
     case WriteCache::Likeness::unknown:
-      if (left)
-        return Standing::stranger;
-      break;
     case WriteCache::Likeness::begins_alike:
       if (left && size != cache_->size())
         return Standing::stranger; // many disks begin alike: not enough for what is left of one

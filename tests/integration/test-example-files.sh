@@ -114,33 +114,6 @@ refused other
 end_backup
 holds disk.qcow2
 
-# The check of a whole image tells a good one from one of which a cluster is damaged, and
-# leaves both as they are.
-at_example
-for type in zlib zstd; do
-    convert "$work/source" "$here/disk.qcow2" 64k $type
-    cp "$here/disk.qcow2" "$work/checked.qcow2"
-    run_example "PARAMETERS"
-    cmp "$here/disk.qcow2" "$work/checked.qcow2"
-    python "$here/disk.qcow2" <<'END'
-import struct, sys
-with open(sys.argv[1], "r+b") as image:
-    def words(offset, count):
-        image.seek(offset)
-        return struct.unpack(f">{count}Q", image.read(8 * count))
-    (l1,) = words(40, 1)
-    l2 = words(l1, 1)[0] & 0x00fffffffffffe00
-    streams = [entry & (1 << 54) - 1 for entry in words(l2, 8192) if entry >> 62 & 1]
-    image.seek(streams[len(streams) // 2])
-    image.write(b"\xff" * 400)
-END
-    cp "$here/disk.qcow2" "$work/checked.qcow2"
-    in_vain "PARAMETERS"
-    grep -q "the compressed cluster at host offset .* cannot be read" "$work/said" ||
-        fail "not said which: $(cat "$work/said")"
-    cmp "$here/disk.qcow2" "$work/checked.qcow2"
-done
-
 at_example
 mkdir "$here/exports" "$here/collected"
 truncate -s 64M "$here/exports/disk.qcow2"

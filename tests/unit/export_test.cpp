@@ -103,8 +103,6 @@ public:
   void leave() {
     if (!of_)
       return;
-    if (image_ && !cache().clean())
-      cache().look_at_disk(storage_); // as it does who tries in vain
     handle_->retire();
     exports_.leave(of_, *handle_, image_);
     image_.reset();
@@ -614,27 +612,6 @@ TEST_CASE("a guest is lent for nothing, whoever seems to have written last", "[e
   }
   writer.leave();
   CHECK_FALSE(guest.image().lend(next));
-}
-
-TEST_CASE("bytes that are left of a disk that could not be read are for no other disk",
-          "[export]") {
-  Server server;
-  {
-    Client unlucky(server, "a", shared(), new_disk());
-    unlucky.storage().before = [](const MemoryStorage::Call&) {
-      throw std::system_error(EIO, std::generic_category(), "gone");
-    };
-    unlucky.write(100, "hello");
-    CHECK(unlucky.flush() == EIO);
-    CHECK(unlucky.cache().drain(unlucky.storage()).value() == EIO);
-  }
-  CHECK(server.losses().empty());
-  const auto disk = new_disk();
-  Client next(server, "a", shared(), disk);
-  CHECK(server.losses() == "a 5 bytes: 100-105\n");
-  CHECK(next.read(100, 5) == "00000");
-  CHECK(next.flush() == 0);
-  CHECK(on(*disk, 100, 5) == "00000");
 }
 
 TEST_CASE("what may be the same disk is recognised though others have changed it", "[export]") {
