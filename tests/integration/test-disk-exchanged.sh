@@ -179,6 +179,8 @@ for exchange in moved killed; do
         ln -sfn "$work/far1.sock" "$work/far"
         parameters=()
         [ "$afterwards" = convert ] || parameters=(qcowcache-cluster-size=64K)
+        # However slow the machine, nothing is stored because of its age.
+        parameters+=(qcowcache-expire=0)
         start_nbdkit near --filter="$FILTER" nbd socket="$work/far" "${parameters[@]}"
         story near "$does" "$exchange" "$afterwards"
         ended near
