@@ -15,7 +15,7 @@ namespace qcowcache {
 /// What a disk is known to have in a few places, by which another connection's storage can be
 /// recognised as the same disk: the block with the header, and the blocks written last.
 ///
-/// Kept as checksums, one for each block of 512 to 4096 bytes. Not thread safe: guarded by the
+/// Kept as checksums, one for each block of 512 to 1024 bytes. Not thread safe: guarded by the
 /// cache's mutex; told of every change by the owner of its range, before that is given back.
 class Witnesses {
 public:
@@ -34,7 +34,7 @@ public:
   using All = boost::container::static_vector<Witness, most>;
 
   /// Bytes, at most and at least; what a small disk begins with may be less.
-  static constexpr std::uint64_t largest_block = 4096;
+  static constexpr std::uint64_t largest_block = 1024;
   static constexpr std::uint64_t smallest_block = 512;
 
   [[nodiscard]] static std::size_t checksum(std::span<const std::byte> block) noexcept;

@@ -176,7 +176,7 @@ TEST_CASE("who does not see what others wrote is a stranger", "[image]") {
   }
   SECTION("when only one byte differs") {
     const auto copy = copy_of(*disk);
-    copy->write(3 * unit + 4000, pattern(1, 77), true);
+    copy->write(3 * unit + Witnesses::largest_block - 1, pattern(1, 77), true);
     leave_something_to_lose();
     const Client newcomer(bench, copy);
     CHECK(newcomer.standing(GENERATE(writes, reads, flushes)) == Standing::stranger);
