@@ -27,14 +27,16 @@ std::shared_ptr<Image> Export::make_image(const Capabilities& capabilities) {
 }
 
 void Export::remove(const std::shared_ptr<Image>& image) {
-  const std::shared_ptr<Image> removed = image; // maybe a reference to what is erased below
-  removed->end();
-  const bool shared = std::ranges::find(shared_, removed) != shared_.end();
-  Verifier::Left left = removed->remove_verifier();
-  if (shared)
+  image->end();
+  Verifier::Left left = image->remove_verifier();
+  const auto shared = std::ranges::find(shared_, image);
+  // Last: the caller's reference may be the list's own.
+  if (shared != shared_.end()) {
     left_ = std::move(left);
-  std::erase(shared_, removed);
-  std::erase(own_, removed);
+    shared_.erase(shared);
+  } else {
+    own_.erase(std::ranges::find(own_, image));
+  }
   ++version_;
 }
 

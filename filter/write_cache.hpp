@@ -361,7 +361,7 @@ private:
                      std::uint64_t attempt = 0, std::error_code* refusal = nullptr);
   [[nodiscard]] std::optional<Handle::Use> borrow(Lock& lock, const Unit& unit) const;
   [[nodiscard]] Unit* find(const Lock&, std::uint64_t begin);
-  [[nodiscard]] Next describe(const Lock&, const Unit& unit) const;
+  [[nodiscard]] static Next describe(const Lock&, const Unit& unit);
   [[nodiscard]] bool wrote(const Lock&, const Storage& storage, const Unit& unit) const;
   std::error_code write_owed(Storage& storage, Unit::Reason reason);
 

@@ -105,7 +105,7 @@ Unit* WriteCache::find(const Lock& /*lock*/, std::uint64_t begin) {
   return found == units_.end() ? nullptr : &found->second;
 }
 
-WriteCache::Next WriteCache::describe(const Lock& /*lock*/, const Unit& unit) const {
+WriteCache::Next WriteCache::describe(const Lock& /*lock*/, const Unit& unit) {
   return {unit.last_writer, unit.range(), unit.dirty().hull().end, unit.was_refused};
 }
 
