@@ -43,6 +43,8 @@ void Image::begin(const Capabilities& capabilities, std::shared_ptr<const void> 
   settings.cluster_size = settings_.cluster_size;
   settings.max_write = settings_.max_write;
   settings.expire = settings_.expire;
+  settings.max_delay = settings_.max_delay;
+  settings.interrupted = settings_.interrupted;
   if (settings_.statistics != nullptr)
     settings.counters = settings_.statistics->counters(name_);
   settings.events = settings_.events.about("export \"" + printable(name_) + "\": ");

@@ -37,6 +37,7 @@ public:
     std::optional<std::uint64_t> cluster_size;
     std::uint64_t max_write = std::uint64_t{1024} * 1024;
     std::optional<std::chrono::milliseconds> expire;
+    std::optional<std::chrono::milliseconds> max_delay = {};
     /// The background writers, which outlive the image; nullptr: requests write themselves.
     Writeback* writeback = nullptr;
     /// Tells the operator of bytes that were acknowledged and are lost. Must not throw.
@@ -52,7 +53,7 @@ public:
     /// Those who decode compressed clusters in the background, which outlive the image, too: never
     /// the writers, who must not wait for a client's streams. nullptr: nobody does.
     Writeback* decoders = nullptr;
-    /// As in `Verifier::Settings`.
+    /// Whether whoever sent the request that the calling thread serves is gone, or the server ends.
     std::function<bool()> interrupted = {};
     bool verify_everything = false;
     /// Tells the operator that a name stands for several disks. Must not throw.

@@ -48,6 +48,14 @@ std::optional<std::uint64_t> parse_number(std::string_view text, std::uint64_t m
   return number;
 }
 
+/// A time of which 0 says that it never comes.
+std::optional<std::chrono::seconds> seconds_or_never(std::string_view key, std::string_view value) {
+  const std::optional<std::uint64_t> seconds = parse_number(value, most_seconds);
+  if (!seconds)
+    refuse(key, value, "a number of seconds from 0 to 86400");
+  return *seconds > 0 ? std::optional(std::chrono::seconds(*seconds)) : std::nullopt;
+}
+
 } // namespace
 
 std::optional<std::uint64_t> parse_size(std::string_view text) noexcept {
@@ -101,6 +109,8 @@ const char* Parameters::help() noexcept {
          "qcowcache-max-write=<SIZE>     Largest merged write, 64K to 32M (default 1M).\n"
          "qcowcache-expire=<SECS>        Write partial units after this idle time, up to 86400\n"
          "                               (default 5, 0: never by time).\n"
+         "qcowcache-max-delay=<SECS>     Hold no more than storage writes in this time, up to\n"
+         "                               86400 (default 10, 0: no such bound).\n"
          "qcowcache-stats=<FILE>         Report statistics there at the end: *.json, *.prom\n"
          "                               (Prometheus), otherwise text; an absolute path.\n"
          "qcowcache-stats-interval=<SECS>\n"
@@ -150,12 +160,11 @@ bool Parameters::set(std::string_view key, std::string_view value) {
     return true;
   }
   if (key == "qcowcache-expire") {
-    const std::optional<std::uint64_t> seconds = parse_number(value, most_seconds);
-    if (!seconds)
-      refuse(key, value, "a number of seconds from 0 to 86400");
-    expire_.reset();
-    if (*seconds > 0)
-      expire_ = std::chrono::seconds(*seconds);
+    expire_ = seconds_or_never(key, value);
+    return true;
+  }
+  if (key == "qcowcache-max-delay") {
+    max_delay_ = seconds_or_never(key, value);
     return true;
   }
   if (key == "qcowcache-stats") {
@@ -166,12 +175,7 @@ bool Parameters::set(std::string_view key, std::string_view value) {
     return true;
   }
   if (key == "qcowcache-stats-interval") {
-    const std::optional<std::uint64_t> seconds = parse_number(value, most_seconds);
-    if (!seconds)
-      refuse(key, value, "a number of seconds from 0 to 86400");
-    stats_interval_.reset();
-    if (*seconds > 0)
-      stats_interval_ = std::chrono::seconds(*seconds);
+    stats_interval_ = seconds_or_never(key, value);
     return true;
   }
   if (key == "qcowcache-size-file") {
@@ -205,9 +209,9 @@ bool Parameters::set(std::string_view key, std::string_view value) {
   }
   if (key.substr(0, prefix.size()) == prefix) {
     throw ParameterError(beginning_of_line(key, value) +
-                         "no such parameter; allowed: cluster-size, expire, max-write, "
-                         "readback, size, size-file, stats, stats-interval, verify and writers, "
-                         "each after qcowcache-");
+                         "no such parameter; allowed: cluster-size, expire, max-delay, "
+                         "max-write, readback, size, size-file, stats, stats-interval, verify and "
+                         "writers, each after qcowcache-");
   }
   return false;
 }

@@ -49,6 +49,10 @@ public:
   [[nodiscard]] std::uint64_t max_write() const noexcept { return max_write_; }
   /// After how long an idle partial unit is left behind; nothing: never by time.
   [[nodiscard]] std::optional<std::chrono::seconds> expire() const noexcept { return expire_; }
+  /// No more is held than storage writes in this time; nothing: no such bound.
+  [[nodiscard]] std::optional<std::chrono::seconds> max_delay() const noexcept {
+    return max_delay_;
+  }
   /// Absolute path of a file that holds a size, or empty.
   [[nodiscard]] const std::string& size_file() const noexcept { return size_file_; }
   /// Absolute path of the file that statistics are reported in, or empty.
@@ -69,6 +73,7 @@ private:
   unsigned writers_ = 4;
   std::uint64_t max_write_ = std::uint64_t{1024} * 1024;
   std::optional<std::chrono::seconds> expire_ = std::chrono::seconds(5);
+  std::optional<std::chrono::seconds> max_delay_ = std::chrono::seconds(10);
   std::string size_file_;
   std::string stats_file_;
   std::optional<std::chrono::seconds> stats_interval_;

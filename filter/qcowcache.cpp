@@ -98,14 +98,7 @@ public:
       : budget_(parameters.size()),
         writers_(thread_model == NBDKIT_THREAD_MODEL_PARALLEL ? parameters.writers() : 0),
         verifies_(parameters.verify() != Verify::off), writeback_([this] { follow_size(); }),
-        exports_({parameters.cluster_size(), parameters.max_write(), parameters.expire(),
-                  writers_ > 0 ? &writeback_ : nullptr, report_loss, &statistics_, events(),
-                  verifies_, patience(thread_model), report_line,
-                  writers_ > 0 ? &decoders_ : nullptr, nobody_waits,
-                  parameters.verify() == Verify::all, report_line, WriteCache::Settings().retry,
-                  std::make_shared<DecompressorPool>(), Verifier::usual_memory(),
-                  thread_model == NBDKIT_THREAD_MODEL_PARALLEL},
-                 budget_),
+        exports_(image_settings(parameters, thread_model), budget_),
         stats_interval_(parameters.stats_interval()) {
     if (!parameters.size_file().empty()) {
       size_file_.emplace(parameters.size_file(), complain);
@@ -164,6 +157,28 @@ public:
   }
 
 private:
+  /// REQUIRES: all that the settings name has been made.
+  Image::Settings image_settings(const Parameters& parameters, int thread_model) {
+    Image::Settings settings;
+    settings.cluster_size = parameters.cluster_size();
+    settings.max_write = parameters.max_write();
+    settings.expire = parameters.expire();
+    settings.max_delay = parameters.max_delay();
+    settings.writeback = writers_ > 0 ? &writeback_ : nullptr;
+    settings.report_loss = report_loss;
+    settings.statistics = &statistics_;
+    settings.events = events();
+    settings.verify = verifies_;
+    settings.patience = patience(thread_model);
+    settings.report_damage = report_line;
+    settings.decoders = writers_ > 0 ? &decoders_ : nullptr;
+    settings.interrupted = nobody_waits;
+    settings.verify_everything = parameters.verify() == Verify::all;
+    settings.report_disk = report_line;
+    settings.lend = thread_model == NBDKIT_THREAD_MODEL_PARALLEL;
+    return settings;
+  }
+
   [[nodiscard]] Snapshot snapshot() const {
     Snapshot taken = statistics_.snapshot();
     const std::chrono::nanoseconds elapsed = std::chrono::steady_clock::now() - began_;

@@ -138,6 +138,9 @@ public:
   const void* last_writer = nullptr;
   /// Bytes of others are among those that storage lacks.
   bool several_writers = false;
+  /// How many requests storage would have had if what clients wrote had gone through, since the
+  /// unit was last written.
+  std::uint32_t spared = 0;
   /// The flush, or the end of a connection, that last tried in vain to write it, by its number.
   std::uint64_t tried_in = 0;
   ListHook hook;

@@ -142,6 +142,8 @@ void WriteCache::count_unclean(const Lock& /*lock*/, Unit& unit, bool unclean) n
   if (unit.counted == unclean)
     return;
   unit.counted = unclean;
+  unclean_units_ += unclean ? 1 : 0;
+  unclean_units_ -= unclean ? 0 : 1;
   const auto bytes = static_cast<std::ptrdiff_t>(unit_size_ + bookkeeping());
   budget_.add_unclean(account_, unclean ? bytes : -bytes);
 }
@@ -149,6 +151,55 @@ void WriteCache::count_unclean(const Lock& /*lock*/, Unit& unit, bool unclean) n
 /// Storage that hangs, or is slow, gives no memory back: each export must leave some for others.
 bool WriteCache::beyond_share(const Lock& /*lock*/) const {
   return !budget_.may_have(account_, unit_size_ + bookkeeping());
+}
+
+/// A flush must not take for ever where storage is slow.
+bool WriteCache::beyond_delay(const Lock& /*lock*/) const {
+  if (!settings_.max_delay)
+    return false;
+  // So much any storage can be asked to write.
+  const std::uint64_t least = std::max(2 * settings_.max_write, 4 * unit_size_.load());
+  const std::optional<std::uint64_t> most = rate_.bytes_in(*settings_.max_delay);
+  return most && (unclean_units_ + 1) * unit_size_ > std::max(*most, least);
+}
+
+/// With so many units unclean the writers begin with those that are still being filled: as many as
+/// that no writer of images fills at once, and no more than leave some memory before clients have
+/// to wait for it.
+std::size_t WriteCache::enough_unclean(const Lock& /*lock*/) const {
+  constexpr std::size_t most = 128;
+  return std::min(most, budget_.limit() / 8 * 3 / (unit_size_ + bookkeeping()));
+}
+
+/// Whether storage has enough to do, and holding more would only put off what it has to do anyway.
+bool WriteCache::holds_in_vain(const Lock& lock) const {
+  if (unclean_units_ <= enough_unclean(lock))
+    return false;
+  if (!savings_.pays())
+    return true;
+  // Storage may not have said yet what holding spares it, but those who have waited longest show.
+  constexpr std::uint32_t one_write = 2;
+  constexpr std::ptrdiff_t sample = 4;
+  if (unclean_units_ - queued_ - claimed_ <= enough_unclean(lock))
+    return false;
+  auto oldest = filling_.begin();
+  std::ptrdiff_t alone = 0;
+  while (oldest != filling_.end() && oldest->spared <= one_write && alone < sample) {
+    ++oldest;
+    ++alone;
+  }
+  return alone == sample;
+}
+
+/// Storage is given something to do before memory is used up.
+void WriteCache::keep_writers_busy(const Lock& lock) {
+  constexpr std::size_t depth = 16;
+  if (!settings_.wake_writer || unclean_units_ < depth / 4 || queued_ >= depth)
+    return;
+  const std::size_t enough = enough_unclean(lock);
+  for (std::size_t more = unclean_units_; more > enough && queued_ < depth && !filling_.empty();
+       --more)
+    enqueue(lock, filling_.front(), Unit::Reason::memory);
 }
 
 /// Without background writers the client waits for each write. So what it completes is held until
@@ -593,14 +644,67 @@ bool WriteCache::store_some() {
 
 // ---- Writing
 
+/// A place in the line of those who could not be served at once, as long as it lives.
+class WriteCache::InLine {
+public:
+  explicit InLine(WriteCache& cache) noexcept : cache_(cache), place_(cache.line_.behind_all()) {}
+  InLine(const InLine&) = delete;
+  InLine& operator=(const InLine&) = delete;
+  ~InLine() {
+    if (!joined_)
+      return;
+    const Lock lock(cache_.mutex_);
+    cache_.line_.leave(place_);
+    cache_.note_progress(lock);
+  }
+
+  /// Unless it has one already.
+  void join(const Lock& /*lock*/, const ByteRange& range) {
+    if (!joined_)
+      place_ = cache_.line_.join(range);
+    joined_ = true;
+  }
+  void wait_for_memory(const Lock& lock, const ByteRange& range) {
+    join(lock, range);
+    cache_.line_.wait_for_memory(place_, true);
+  }
+  void forgo_memory(const Lock& lock) noexcept {
+    if (joined_ && place_->waits_for_memory) {
+      cache_.line_.wait_for_memory(place_, false);
+      cache_.note_progress(lock); // who comes after may take some now
+    }
+  }
+  [[nodiscard]] bool joined() const noexcept { return joined_; }
+  [[nodiscard]] WriteLine::Place place() const noexcept { return place_; }
+
+private:
+  WriteCache& cache_;
+  WriteLine::Place place_;
+  bool joined_ = false;
+};
+
 Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
                             std::span<const std::byte> data, const ByteRange* request,
                             std::span<std::byte> refreshed) {
+  const Taken taken = absorb(line_.behind_all(), writer, offset, data, request, refreshed);
+  wake(taken.to_wake_for);
+  return taken.absorbed;
+}
+
+void WriteCache::wake(std::size_t waiting) const {
+  if (waiting > 0 && settings_.wake_writer)
+    settings_.wake_writer(waiting);
+}
+
+/// `absorb` for who stands at `place` in the line, but for waking writers.
+WriteCache::Taken WriteCache::absorb(WriteLine::Place place, const Storage& writer,
+                                     std::uint64_t offset, std::span<const std::byte> data,
+                                     const ByteRange* request, std::span<std::byte> refreshed) {
   Lock lock(mutex_);
   if (request != nullptr)
     count_write(lock, *request);
   if (!caching(lock) || is_guest(writer))
-    return Absorbed::off;
+    return {Absorbed::off};
   if (!refreshed.empty()) {
     ByteRanges gaps;
     copy_cached(lock, offset, refreshed, gaps);
@@ -608,23 +712,27 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
 
   // First everything that can fail, so that a write is taken whole or not at all.
   const ByteRange range{offset, offset + data.size()};
+  if (line_.is_behind(place, range))
+    return {Absorbed::behind_others};
   for (ByteRange rest = range; !rest.empty();) {
     const std::uint64_t begin = align_down(rest.begin, unit_size_);
     const auto found = units_.find(begin);
     if (found == units_.end()) {
-      if (beyond_share(lock))
-        return Absorbed::no_memory;
+      if (!line_.may_take_memory(place) || beyond_share(lock) || beyond_delay(lock))
+        return {Absorbed::no_memory};
+      if (holds_in_vain(lock))
+        return {Absorbed::no_gain};
       std::shared_ptr<Unit::Buffer> buffer = take_buffer(lock);
       if (!buffer)
-        return Absorbed::no_memory;
+        return {Absorbed::no_memory};
       add_unit(lock, begin, std::move(buffer));
     } else if (found->second.fragmented()) {
       enqueue(lock, found->second, Unit::Reason::many_pieces);
-      return Absorbed::unit_busy;
+      return {Absorbed::unit_busy};
     } else if (found->second.pinned()) {
       std::shared_ptr<Unit::Buffer> second = take_buffer(lock);
       if (!second)
-        return Absorbed::unit_busy;
+        return {Absorbed::unit_busy};
       found->second.replace_buffer(std::move(second));
     }
     rest.begin = begin + unit_size_;
@@ -632,6 +740,9 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
 
   const auto now = Unit::Clock::now();
   bool completed = false;
+  const std::size_t unclean = unclean_units_;
+  // A write with ragged ends has storage read what completes its blocks.
+  const bool ragged = align_outward(range, writer.capabilities().write_alignment()) != range;
   ++moment_;
   for_each_unit(lock, range, [&](Unit& unit) {
     const ByteRange part = range.intersection(unit.range());
@@ -641,7 +752,8 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
     unit.completed_before = units_completed_;
     unit.several_writers = unit.several_writers || (unit.counted && unit.last_writer != &writer);
     unit.last_writer = &writer;
-    place(lock, unit);
+    unit.spared += ragged ? 2 : 1;
+    this->place(lock, unit);
     count_unclean(lock, unit, true);
     if (unit.full(size_) && !unit.was_refused &&
         join_queue(lock, unit, Unit::Reason::cluster_end)) {
@@ -650,14 +762,14 @@ Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
     }
   });
   queue_left_behind(lock, now);
+  if (unclean_units_ > unclean)
+    keep_writers_busy(lock);
   header_.wrote(offset, data);
   header_changed(lock, range);
-  const std::size_t queued = queued_;
+  const std::size_t to_wake_for = completed ? queued_ : 0;
   lock.unlock(); // a writer that is called would only run into it
-  if (completed && settings_.wake_writer)
-    settings_.wake_writer(queued);
   tell(settings_.events.trace, [&] { return "absorbed " + to_string(range); });
-  return Absorbed::held;
+  return {Absorbed::held, to_wake_for};
 }
 
 void WriteCache::write(Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
@@ -666,46 +778,85 @@ void WriteCache::write(Storage& storage, std::uint64_t offset, std::span<const s
   take(storage, offset, data, fua, &request);
 }
 
+/// Whether storage shall have a write as the client sent it: it is as large as any that units are
+/// merged into, and has nothing to be completed. One that is no larger than a unit is held: alone
+/// or with others it is one request.
+bool WriteCache::passes_as_it_came(const Storage& storage, const ByteRange& range) const {
+  const Capabilities& capabilities = storage.capabilities();
+  const std::uint64_t alignment = capabilities.write_alignment();
+  return range.size() >= settings_.max_write && range.size() > unit_size() &&
+         align_outward(range, alignment).intersection({0, capabilities.size}) == range;
+}
+
 /// The whole of `write`; `request`, if any, is a client's, to be counted.
 void WriteCache::take(Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
                       bool fua, const ByteRange* request) {
   if (!layout_was_read_)
     learn_layout(storage);
-  if (fua) {
+  InLine place(*this);
+  ByteRange rest{offset, offset + data.size()};
+  if (fua || passes_as_it_came(storage, rest)) {
     if (request != nullptr)
       count_write(Lock(mutex_), *request);
-    write_through(storage, offset, data, true);
+    write_through(place, storage, offset, data, fua);
     return;
   }
-  ByteRange rest{offset, offset + data.size()};
+  // Writers are called once for all that the request completes: they merge it then.
+  std::size_t to_wake_for = 0;
+  const auto absorbs = [&](const ByteRange& piece) {
+    try {
+      const Taken taken = absorb(place.place(), storage, piece.begin,
+                                 data.subspan(piece.begin - offset, piece.size()),
+                                 std::exchange(request, nullptr), {});
+      to_wake_for = std::max(to_wake_for, taken.to_wake_for);
+      return taken.absorbed;
+    } catch (const std::bad_alloc&) {
+      return Absorbed::off; // going through takes less
+    }
+  };
   while (!rest.empty()) {
     const std::uint64_t size = unit_size(); // once: it may change at any time
     const std::uint64_t border = align_down(rest.begin, size) + size;
     const ByteRange piece{rest.begin, std::min(rest.end, border)};
-    const std::span<const std::byte> piece_data = data.subspan(piece.begin - offset, piece.size());
-    switch (absorb(storage, piece.begin, piece_data, std::exchange(request, nullptr))) {
-    case Absorbed::held:
+    if (place.joined())
+      stay_connected();
+    const Absorbed absorbed = absorbs(piece);
+    if (absorbed == Absorbed::held) {
       rest.begin = piece.end;
-      break;
+      continue;
+    }
+    wake(std::exchange(to_wake_for, 0));
+    bool goes_through = false;
+    switch (absorbed) {
     case Absorbed::off:
       tick(); // what is still cached has nobody else to write it, without background writers
-      write_through(storage, rest.begin, data.subspan(rest.begin - offset), false);
-      rest.begin = rest.end;
+      goes_through = true;
       break;
     case Absorbed::no_memory:
-      if (!make_room(storage)) {
-        write_through(storage, piece.begin, piece_data, false);
-        rest.begin = piece.end;
-      }
+      place.wait_for_memory(Lock(mutex_), rest);
+      goes_through = !make_room(storage, place);
       break;
     case Absorbed::unit_busy:
-      if (!write_busy_units(storage, piece)) {
-        write_through(storage, piece.begin, piece_data, false);
-        rest.begin = piece.end;
-      }
+      place.join(Lock(mutex_), rest);
+      goes_through = !write_busy_units(storage, piece);
+      break;
+    case Absorbed::behind_others:
+      place.join(Lock(mutex_), rest);
+      wait_turn(place, piece);
+      break;
+    case Absorbed::no_gain:
+      goes_through = true;
+      break;
+    case Absorbed::held:
       break;
     }
+    if (goes_through) {
+      place.forgo_memory(Lock(mutex_));
+      write_through(place, storage, rest.begin, data.subspan(rest.begin - offset), false);
+      rest.begin = rest.end;
+    }
   }
+  wake(to_wake_for);
   if (!settings_.wake_writer) {
     if (due())
       tick();
@@ -716,10 +867,36 @@ void WriteCache::take(Storage& storage, std::uint64_t offset, std::span<const st
   }
 }
 
+/// Who sent the request may be gone: it is not for a client that nobody can ask any more.
+void WriteCache::stay_connected() const {
+  if (settings_.interrupted && settings_.interrupted())
+    throw std::system_error(ESHUTDOWN, std::generic_category(), "the connection has ended");
+}
+
+/// Until those who came before have been answered as far as they asked for `range`.
+void WriteCache::wait_turn(InLine& place, const ByteRange& range) {
+  constexpr std::chrono::milliseconds between_questions{50};
+  Lock lock(mutex_);
+  place.join(lock, range);
+  while (line_.is_behind(place.place(), range)) {
+    progress_.wait_for(lock, between_questions);
+    lock.unlock();
+    stay_connected();
+    lock.lock();
+  }
+}
+
 void WriteCache::write_through(Storage& storage, std::uint64_t offset,
+                               std::span<const std::byte> data, bool fua) {
+  InLine place(*this);
+  write_through(place, storage, offset, data, fua);
+}
+
+void WriteCache::write_through(InLine& place, Storage& storage, std::uint64_t offset,
                                std::span<const std::byte> data, bool fua) {
   const Capabilities& capabilities = storage.capabilities();
   const ByteRange range{offset, offset + data.size()};
+  wait_turn(place, range);
   const std::uint64_t alignment = caching() ? capabilities.write_alignment() : capabilities.minimum;
   const ByteRange blocks = align_outward(range, alignment).intersection({0, capabilities.size});
   settings_.counters->add(Count::writes_through);
@@ -825,7 +1002,12 @@ bool WriteCache::absorb_around(const Storage& writer, const ByteRange& blocks,
                                const ByteRange& range, std::span<std::byte> whole) noexcept {
   const auto absorbs = [&](const ByteRange& part) {
     const std::span<std::byte> around = whole.subspan(part.begin - blocks.begin, part.size());
-    return part.empty() || absorb(writer, part.begin, around, nullptr, around) == Absorbed::held;
+    if (part.empty())
+      return true;
+    // These bytes are older than whatever anybody in the line asks for.
+    const Taken taken = absorb(line_.behind_all(), writer, part.begin, around, nullptr, around);
+    wake(taken.to_wake_for);
+    return taken.absorbed == Absorbed::held;
   };
   try {
     return absorbs({blocks.begin, range.begin}) && absorbs({range.end, blocks.end});
@@ -834,27 +1016,36 @@ bool WriteCache::absorb_around(const Storage& writer, const ByteRange& blocks,
   }
 }
 
-/// Memory is used up, or this export's share of it. Returns whether it is worth trying again: not
-/// where only others could give some back, for their storage may hang.
-bool WriteCache::make_room(Storage& storage) {
+/// Memory is used up, or what this export may have of it. Returns whether it is worth trying again:
+/// not where only others could give some back, for their storage may hang.
+bool WriteCache::make_room(Storage& storage, InLine& place) {
+  const std::uint64_t seen = budget_.changes();
   std::size_t needed = 0;
   bool greedy = false;
   bool owes = false;
+  bool pays = false;
+  bool more_at_once = false;
   {
     const Lock lock(mutex_);
     needed = unit_size_ + bookkeeping();
-    greedy = beyond_share(lock);
+    greedy = !line_.may_take_memory(place.place()) || beyond_share(lock) || beyond_delay(lock);
     owes = !filling_.empty() || !busy_.empty();
+    pays = savings_.pays();
+    more_at_once = jobs_ < line_.waiting_for_memory();
   }
-  const std::uint64_t seen = budget_.changes();
   if (!greedy && budget_.reclaim(needed))
     return true;
+  if (!pays)
+    return false;
   const Counters::Stopwatch waiting(*settings_.counters, Count::memory_wait);
   if (!settings_.wake_writer)
     return write_oldest(storage);
   if (!budget_.press(*this) || !owes)
     return false;
-  // Should the background writers all be busy elsewhere this request writes a unit itself.
+  // Storage has as many requests at once as clients would have under way without the cache. And
+  // should the background writers all be busy elsewhere this request writes a unit itself.
+  if (more_at_once && write_oldest(storage))
+    return true;
   constexpr std::chrono::milliseconds patience{20};
   return budget_.wait_for_change(seen, patience) || write_oldest(storage);
 }
@@ -864,7 +1055,7 @@ bool WriteCache::write_oldest(Storage& storage) {
   // Only so many: what cannot be written now may be at the front for long.
   constexpr std::size_t most_tries = 4;
   boost::container::small_vector<std::uint64_t, most_tries> oldest;
-  for (UseOrder* const list : {&filling_, &busy_}) {
+  for (UseOrder* const list : {&busy_, &filling_}) {
     for (auto unit = list->begin(); unit != list->end() && oldest.size() < most_tries; ++unit) {
       if (unit->turn != Unit::Turn::claimed)
         oldest.push_back(unit->range().begin);
@@ -1008,6 +1199,8 @@ void WriteCache::zero(Storage& storage, const ByteRange& range,
   if (options.fast && (blocks != range || storage.pieces(blocks) != 1))
     throw std::system_error(ENOTSUP, std::generic_category(), "fast zero");
   if (!blocks.empty()) {
+    InLine place(*this);
+    wait_turn(place, blocks);
     const RangeLock::Owned owned = ranges_.own(blocks);
     try {
       storage.zero(blocks, options);
@@ -1051,6 +1244,8 @@ void WriteCache::trim(Storage& storage, const ByteRange& range, bool fua) {
   const ByteRange blocks = align_inward(range, storage.capabilities().minimum);
   if (blocks.empty())
     return;
+  InLine place(*this);
+  wait_turn(place, blocks);
   // Cutting a piece out of a unit that is in very many pieces would make one more.
   write_busy_units(storage, {blocks.begin, blocks.begin + 1});
   write_busy_units(storage, {blocks.end - 1, blocks.end});

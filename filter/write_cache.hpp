@@ -6,10 +6,13 @@
 #include "header_watch.hpp"
 #include "memory_budget.hpp"
 #include "range_lock.hpp"
+#include "savings.hpp"
 #include "statistics.hpp"
 #include "storage.hpp"
 #include "unit.hpp"
 #include "witnesses.hpp"
+#include "write_line.hpp"
+#include "write_rate.hpp"
 #include "zero_map.hpp"
 
 #include <boost/container/small_vector.hpp>
@@ -45,6 +48,11 @@ enum class Absorbed {
   /// A unit in the range has to be written before it can take more, and it is waiting for that or
   /// being written now (see `Unit::pinned` and `Unit::fragments`): wait, then try again.
   unit_busy,
+  /// Somebody who came before has to be answered first: wait, then try again.
+  behind_others,
+  /// There would be memory, but storage has enough to do, and lately it was not spared any request
+  /// by what was held: let the write go through.
+  no_gain,
 };
 
 /// Bytes that are acknowledged to clients and that storage does not have.
@@ -87,6 +95,12 @@ public:
     /// Storage that refused a unit is left alone for so long; then one of the units that it refused
     /// is tried again, and each that it takes is followed by the next. Flushes do not wait for it.
     std::chrono::milliseconds retry = std::chrono::seconds(5);
+    /// No more is held than storage writes in this time, by its measured rate; nothing: no such
+    /// bound.
+    std::optional<std::chrono::milliseconds> max_delay;
+    /// Whether whoever sent the request that the calling thread serves is gone. What still waits
+    /// then is dropped. Called with no mutex held. Nothing: never.
+    std::function<bool()> interrupted;
     /// Called whenever a unit has been queued, with the number of those that wait, sometimes with
     /// the cache's mutex held, to wake those who call `write_next` in the background. Nothing: the
     /// request that queued it writes it.
@@ -185,7 +199,8 @@ public:
   [[nodiscard]] Absorbed absorb(const Storage& writer, std::uint64_t offset,
                                 std::span<const std::byte> data, const ByteRange* request = nullptr,
                                 std::span<std::byte> refreshed = {});
-  /// Writes to storage now, and returns its answer. Owns the range meanwhile; blocks that the write
+  /// Writes to storage now, and returns its answer. Waits for those who asked for some of these
+  /// bytes before. Owns the range meanwhile; blocks that the write
   /// covers only in part are filled up. Cached bytes in the range are replaced once storage has
   /// them.
   void write_through(Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
@@ -272,6 +287,7 @@ private:
   /// Units side by side that one thread has claimed.
   using Job = boost::container::small_vector<Unit*, 16>;
   class Claim;
+  class InLine;
   struct Segment;
   using Segments = std::vector<Segment>;
 
@@ -297,6 +313,7 @@ private:
   void settle(const Lock& lock, Unit& unit);
   void count_unclean(const Lock&, Unit& unit, bool unclean) noexcept;
   [[nodiscard]] bool beyond_share(const Lock&) const;
+  [[nodiscard]] bool beyond_delay(const Lock&) const;
   void shrink(const Lock& lock);
   void queue_left_behind(const Lock& lock, Unit::Clock::time_point now);
   [[nodiscard]] bool may_retry(const Lock&, Unit::Clock::time_point now) const;
@@ -321,9 +338,9 @@ private:
   void write_out(Storage& storage, const Job& job);
   void write_claimed(Storage& storage, const Job& job, std::optional<RangeLock::Owned>& owned);
   [[nodiscard]] bool has_gaps(const Job& job, const ByteRange& within) const;
-  [[nodiscard]] Segments start(Storage& storage, const Job& job);
+  [[nodiscard]] Segments start(Storage& storage, const Job& job, std::uint64_t& spared);
   void fill_up(Storage& storage, Segment& segment);
-  void write_segments(Storage& storage, const Segments& segments) const;
+  std::size_t write_segments(Storage& storage, const Segments& segments) const;
   void owe_again(const Segments& segments);
   void finish(const Job& job, bool stored, const std::error_code& refusal) noexcept;
   void forget(const Lock& lock, const ByteRange& range);
@@ -336,12 +353,29 @@ private:
 
   void take(Storage& storage, std::uint64_t offset, std::span<const std::byte> data, bool fua,
             const ByteRange* request);
+  struct Taken {
+    Absorbed absorbed = Absorbed::off;
+    /// How many units wait to be written, where one was completed; or else 0.
+    std::size_t to_wake_for = 0;
+  };
+  Taken absorb(WriteLine::Place place, const Storage& writer, std::uint64_t offset,
+               std::span<const std::byte> data, const ByteRange* request,
+               std::span<std::byte> refreshed);
+  void wake(std::size_t waiting) const;
+  [[nodiscard]] bool passes_as_it_came(const Storage& storage, const ByteRange& range) const;
+  void write_through(InLine& place, Storage& storage, std::uint64_t offset,
+                     std::span<const std::byte> data, bool fua);
+  void wait_turn(InLine& place, const ByteRange& range);
+  void stay_connected() const;
+  [[nodiscard]] std::size_t enough_unclean(const Lock&) const;
+  [[nodiscard]] bool holds_in_vain(const Lock& lock) const;
+  void keep_writers_busy(const Lock& lock);
   void learn_zeros(Storage& storage, const ByteRange& range);
   [[nodiscard]] bool absorb_around(const Storage& writer, const ByteRange& blocks,
                                    const ByteRange& range, std::span<std::byte> whole) noexcept;
   void write_piece_through(Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
                            const ByteRange& blocks, bool fua);
-  bool make_room(Storage& storage);
+  bool make_room(Storage& storage, InLine& place);
   bool write_oldest(Storage& storage);
   void refuse(const Lock& lock, Unit& unit) noexcept;
   void note_progress(const Lock&) noexcept;
@@ -394,6 +428,13 @@ private:
   Queue queue_;
   std::size_t queued_ = 0;
   std::size_t claimed_ = 0;
+  /// How many writes of units are under way.
+  std::size_t jobs_ = 0;
+  /// Units that have something which storage lacks.
+  std::size_t unclean_units_ = 0;
+  WriteLine line_;
+  Savings savings_;
+  WriteRate rate_;
   ZeroMap zero_map_;
   HeaderWatch header_;
   std::uint64_t size_;

@@ -10,6 +10,7 @@
 #include <exception>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace qcowcache {
@@ -97,6 +98,8 @@ WriteCache::Job WriteCache::claim(const Lock& lock, Unit& unit, const Storage& s
     place(lock, *claimed);
   }
   budget_.write_began(account_);
+  rate_.began(Unit::Clock::now());
+  ++jobs_;
   return job;
 }
 
@@ -311,11 +314,15 @@ void WriteCache::write_claimed(Storage& storage, const Job& job,
 
   owned.emplace(ranges_.own(whole));
   const auto begun = Unit::Clock::now();
-  Segments segments = start(storage, job);
-  for (Segment& segment : segments)
+  std::uint64_t spared = 0;
+  Segments segments = start(storage, job, spared);
+  std::uint64_t requests = 0;
+  for (Segment& segment : segments) {
+    requests += segment.hole.empty() ? 0 : 1;
     fill_up(storage, segment);
+  }
   try {
-    write_segments(storage, segments);
+    requests += write_segments(storage, segments);
   } catch (const NotAsWritten& refusal) {
     owe_again(segments);
     tell_refusal(whole, refusal);
@@ -332,6 +339,7 @@ void WriteCache::write_claimed(Storage& storage, const Job& job,
       zero_map_.changed(segment.range);
       witnesses_.wrote(segment.range, segment.bytes(), begun);
     }
+    savings_.wrote(spared, requests);
   }
   for (const Segment& segment : segments)
     changed_on_storage(segment.range);
@@ -356,7 +364,8 @@ bool WriteCache::has_gaps(const Job& job, const ByteRange& within) const {
   });
 }
 
-WriteCache::Segments WriteCache::start(Storage& storage, const Job& job) {
+/// Adds to `spared` what storage would have been asked for without the cache.
+WriteCache::Segments WriteCache::start(Storage& storage, const Job& job, std::uint64_t& spared) {
   const Capabilities& capabilities = storage.capabilities();
   const std::uint64_t alignment = capabilities.write_alignment();
   const Lock lock(mutex_);
@@ -370,6 +379,7 @@ WriteCache::Segments WriteCache::start(Storage& storage, const Job& job) {
     if (unit->written_whole || unit->fragmented())
       unit->begin_anew();
     unit->start_writing(within);
+    spared += std::exchange(unit->spared, 0);
 
     ByteRanges blocks;
     for (const ByteRange& range : unit->in_flight()) {
@@ -401,7 +411,9 @@ void WriteCache::fill_up(Storage& storage, Segment& segment) {
   segment.unit->learn(segment.hole.begin, data, segment.snapshot.get());
 }
 
-void WriteCache::write_segments(Storage& storage, const Segments& segments) const {
+/// Returns how many requests it took.
+std::size_t WriteCache::write_segments(Storage& storage, const Segments& segments) const {
+  std::size_t requests = 0;
   std::vector<std::byte> merged;
   for (auto first = segments.begin(); first != segments.end();) {
     auto behind = first + 1;
@@ -426,7 +438,9 @@ void WriteCache::write_segments(Storage& storage, const Segments& segments) cons
       settings_.counters->add(Count::merged_writes);
     }
     first = behind;
+    ++requests;
   }
+  return requests;
 }
 
 void WriteCache::finish(const Job& job, bool stored, const std::error_code& refusal) noexcept {
@@ -436,6 +450,7 @@ void WriteCache::finish(const Job& job, bool stored, const std::error_code& refu
     no_room_ = true;
     give_up_queue(lock); // these come before the units of the job: each has its turn
   }
+  rate_.ended(Unit::Clock::now(), stored ? job.size() * job.front()->range().size() : 0);
   for (Unit* unit : job) {
     leave_queue(lock, *unit, Unit::Turn::none);
     const bool was_refused = unit->was_refused;
@@ -457,7 +472,9 @@ void WriteCache::finish(const Job& job, bool stored, const std::error_code& refu
     if (stored && was_refused)
       queue_one_refused(lock);
   }
+  --jobs_;
   budget_.write_ended(account_, stored);
+  keep_writers_busy(lock);
   note_progress(lock);
 }
 

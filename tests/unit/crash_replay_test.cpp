@@ -278,12 +278,12 @@ void record(std::uint64_t seed, Recorded& recorded) {
 
   MemoryBudget budget(setup.memory);
   Writeback writeback;
-  Exports exports({setup.cluster_size,
-                   setup.max_write,
-                   setup.expire,
-                   setup.writers > 0 ? &writeback : nullptr,
-                   {}},
-                  budget);
+  Export::Settings settings;
+  settings.cluster_size = setup.cluster_size;
+  settings.max_write = setup.max_write;
+  settings.expire = setup.expire;
+  settings.writeback = setup.writers > 0 ? &writeback : nullptr;
+  Exports exports(settings, budget);
   writeback.start(setup.writers);
   Allocator allocator(unit, size);
   std::vector<std::unique_ptr<Client>> clients;

@@ -105,6 +105,8 @@ private:
     settings.max_write = setup_.max_write;
     if (setup_.expire)
       settings.expire = std::chrono::milliseconds(0);
+    if (setup_.can_trim) // in about half of all runs
+      settings.max_delay = std::chrono::milliseconds(1);
     settings.writeback = setup_.background ? &writeback_ : nullptr;
     settings.report_loss = [this](const std::string& /*name*/, const Unsaved& lost) {
       lost_.add(lost.ranges);

@@ -61,12 +61,7 @@ class World {
 public:
   explicit World(const Case& chosen)
       : chosen_(chosen), most_memory_(chosen.memory), budget_(chosen.memory),
-        exports_({std::nullopt, 4 * unit, std::chrono::milliseconds(20),
-                  chosen.background_writers > 0 ? &writeback_ : nullptr,
-                  [this](const std::string& /*name*/, const Unsaved& /*lost*/) {
-                    wrong("bytes were lost");
-                  }},
-                 budget_),
+        exports_(settings(), budget_),
         disk_(std::make_shared<MemoryDisk>(align_down(disk_size, chosen.minimum))) {
     disk_->write(0, qcow2_header(16), true);
     writeback_.start(chosen.background_writers);
@@ -105,6 +100,19 @@ public:
   }
 
 private:
+  Export::Settings settings() {
+    Export::Settings settings;
+    settings.max_write = 4 * unit;
+    settings.expire = std::chrono::milliseconds(20);
+    if (chosen_.seed % 2 == 0)
+      settings.max_delay = std::chrono::milliseconds(chosen_.seed % 50);
+    settings.writeback = chosen_.background_writers > 0 ? &writeback_ : nullptr;
+    settings.report_loss = [this](const std::string& /*name*/, const Unsaved& /*lost*/) {
+      wrong("bytes were lost");
+    };
+    return settings;
+  }
+
   const Case chosen_;
   const std::size_t most_memory_;
   std::atomic<std::uint64_t> calls_ = 0;

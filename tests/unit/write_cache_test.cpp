@@ -1074,7 +1074,8 @@ TEST_CASE("full units that wait side by side are merged", "[write_cache]") {
   Bench bench(MemoryStorage::everything(disk_size), 32 * 1024 * 1024, std::move(settings));
   bench.with_header();
   const auto data = pattern(10 * unit, 1);
-  bench.write(unit, data);
+  for (std::uint64_t i = 0; i < 10; ++i)
+    bench.write((1 + i) * unit, std::span(data).subspan(i * unit, unit));
   CHECK(bench.storage.calls(Kind::write).empty());
   while (bench.cache->write_next(bench.storage)) {
   }
@@ -1082,6 +1083,202 @@ TEST_CASE("full units that wait side by side are merged", "[write_cache]") {
   REQUIRE(writes.size() == 3);
   CHECK(writes[0].range == ByteRange{unit, 5 * unit});
   CHECK(bench.on_disk(unit, data.size()) == data);
+}
+
+TEST_CASE("a write as large as any that units are merged into goes as it came", "[write_cache]") {
+  const auto writers = GENERATE(false, true);
+  WriteCache::Settings settings = with_max_write(4 * unit);
+  if (writers)
+    settings.wake_writer = [](std::size_t /*waiting*/) {};
+  Bench bench(MemoryStorage::everything(disk_size), plenty, std::move(settings));
+  bench.with_header();
+  const auto before = pattern(100, 2);
+  bench.write(3 * unit + 5, before);
+  bench.write(20 * unit + 5, before);
+  const auto data = pattern(10 * unit, 1);
+
+  SECTION("when it has nothing to be completed") {
+    bench.write(unit + 4096, data);
+    const auto writes = bench.storage.calls(Kind::write);
+    REQUIRE(writes.size() == 1);
+    CHECK(writes[0].range == ByteRange{unit + 4096, 11 * unit + 4096});
+    CHECK(bench.storage.calls(Kind::read).empty());
+    CHECK(bench.read(unit + 4096, data.size()) == data);
+    CHECK(bench.read(20 * unit + 5, 100) == before);
+    CHECK(bench.cache->clean({0, 12 * unit}));
+  }
+  SECTION("and not when a block would have to be read") {
+    bench.write(unit + 100, data);
+    CHECK(bench.storage.calls(Kind::read).empty());
+  }
+  SECTION("nor when it is no larger than a unit") {
+    WriteCache::Settings held = with_max_write(unit);
+    held.wake_writer = [](std::size_t /*waiting*/) {};
+    Bench holding(MemoryStorage::everything(disk_size), plenty, std::move(held));
+    holding.with_header(18);
+    REQUIRE(holding.cache->unit_size() == 4 * unit);
+    holding.write(8 * unit, std::span(data).first(4 * unit));
+    CHECK(holding.storage.calls(Kind::write).empty());
+  }
+}
+
+TEST_CASE("a large write may end where an odd export ends", "[write_cache]") {
+  const std::uint64_t size = disk_size - 100;
+  Bench bench(MemoryStorage::everything(size), plenty, with_max_write(4 * unit));
+  bench.with_header();
+  bench.write(size - 4 * unit - 3996, pattern(4 * unit + 3996, 1));
+  CHECK(bench.storage.calls(Kind::write).size() == 1);
+  CHECK(bench.storage.calls(Kind::read).empty());
+}
+
+TEST_CASE("a writer is called once for all units that a write completes", "[write_cache]") {
+  WriteCache::Settings settings = with_max_write(16 * unit);
+  std::vector<std::size_t> woken;
+  settings.wake_writer = [&](std::size_t waiting) { woken.push_back(waiting); };
+  Bench bench(MemoryStorage::everything(disk_size), plenty, std::move(settings));
+  bench.with_header();
+  bench.write(unit, pattern(7 * unit, 1));
+  CHECK(woken == std::vector<std::size_t>{7});
+}
+
+namespace {
+
+/// A cache whose units all have gone out with one write each, and which holds as much as keeps
+/// writers busy.
+struct InVain {
+  static constexpr std::uint64_t held = 24;
+
+  InVain() {
+    WriteCache::Settings settings;
+    settings.wake_writer = [](std::size_t /*waiting*/) {};
+    bench.emplace(MemoryStorage::everything(disk_size), memory, std::move(settings));
+    bench->with_header();
+    for (std::uint64_t i = 1; i <= 16; ++i)
+      bench->write(i * unit, block);
+    bench->cache->flush(bench->storage);
+    for (std::uint64_t i = 20; bench->storage.calls(Kind::write).size() == 16; ++i)
+      bench->write(i * unit, block);
+    bench->storage.forget_calls();
+  }
+
+  // Three eighths of it are 24 units.
+  static constexpr std::size_t memory = 68 * std::size_t{unit};
+  const std::vector<std::byte> block = pattern(4096, 1);
+  std::optional<Bench> bench;
+};
+
+} // namespace
+
+TEST_CASE("where holding spares storage nothing writes go through, as soon as writers have work",
+          "[write_cache]") {
+  InVain in_vain;
+  Bench& bench = *in_vain.bench;
+  CHECK(bench.cache->waiting() > 0); // writers were given work before memory was full
+  bench.write(60 * unit + 8192, in_vain.block);
+  const auto writes = bench.storage.calls(Kind::write);
+  REQUIRE(writes.size() == 1);
+  CHECK(writes[0].range == ByteRange{60 * unit + 8192, 60 * unit + 8192 + 4096});
+
+  SECTION("but not what lies in a unit that is held") {
+    bench.write(20 * unit + 8192, in_vain.block);
+    CHECK(bench.storage.calls(Kind::write).size() == 1);
+    CHECK(bench.read(20 * unit + 8192, 4096) == in_vain.block);
+  }
+  SECTION("all of them in one piece") {
+    bench.write(61 * unit - 4096, pattern(8192, 3));
+    CHECK(bench.storage.calls(Kind::write).size() == 2);
+  }
+  SECTION("until it pays again") {
+    for (std::uint64_t i = 1; i < 16; ++i)
+      bench.write(20 * unit + i * 4096, in_vain.block);
+    for (std::uint64_t i = 1; i < 16; ++i)
+      bench.write(21 * unit + i * 4096, in_vain.block);
+    bench.cache->flush(bench.storage);
+    for (std::uint64_t i = 20; i < 50; ++i)
+      bench.write(i * unit + 100, pattern(10, 1));
+    bench.storage.forget_calls();
+    bench.write(61 * unit, in_vain.block);
+    CHECK(bench.storage.calls(Kind::write).empty());
+  }
+}
+
+TEST_CASE("no more is held than storage writes in the time that a flush may take",
+          "[write_cache]") {
+  WriteCache::Settings settings = with_max_write(unit);
+  settings.max_delay = std::chrono::milliseconds(1);
+  settings.wake_writer = [](std::size_t /*waiting*/) {};
+  Bench bench(MemoryStorage::everything(disk_size), plenty, std::move(settings));
+  bench.with_header();
+  // One that takes as long as a measurement: storage that slow may have but little to write.
+  bench.storage.before = [](const MemoryStorage::Call& call) {
+    if (call.kind == Kind::write)
+      std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  };
+  bench.write(unit, pattern(unit, 1));
+  bench.cache->flush(bench.storage);
+  bench.storage.before = nullptr;
+  std::uint64_t held = 0;
+  const auto absorb = [&] {
+    return bench.cache->absorb(bench.storage, (4 + held) * unit, pattern(100, 1));
+  };
+  Absorbed last = absorb();
+  for (; last == Absorbed::held && held < 60; last = absorb())
+    ++held;
+  CHECK(last == Absorbed::no_memory);
+  CHECK(held == 4);
+  bench.cache->flush(bench.storage);
+  CHECK(absorb() == Absorbed::held);
+}
+
+TEST_CASE("who came first is answered first, where they ask for the same bytes", "[write_cache]") {
+  const bool gone = GENERATE(false, true);
+  const bool fua = GENERATE(false, true);
+  std::latch second_waits{1};
+  std::atomic<bool> told = false;
+  std::atomic<bool> first_is_gone = false;
+  std::atomic<std::thread::id> first_thread;
+  const auto tell = [&] {
+    if (!told.exchange(true))
+      second_waits.count_down();
+  };
+  WriteCache::Settings settings;
+  settings.interrupted = [&] {
+    if (std::this_thread::get_id() == first_thread.load())
+      return first_is_gone.load();
+    tell();
+    return false;
+  };
+  // Memory for two units, and one that a connection alone may have.
+  Bench bench(MemoryStorage::everything(disk_size), 2 * (unit + 16384), std::move(settings));
+  bench.with_header();
+  bench.cache->forget_all();
+  bench.cache->learn_layout(bench.storage);
+  bench.write(unit, pattern(100, 1));
+  REQUIRE(bench.cache->absorb(bench.storage, 9 * unit, pattern(100, 1)) == Absorbed::no_memory);
+
+  const auto older = pattern(5000, 2);
+  const auto newer = pattern(5000, 3);
+  Gate gate(bench.storage);
+  int first_error = -1;
+  WatchedThread first([&] {
+    first_thread = std::this_thread::get_id();
+    first_error = error_of([&] { bench.write(9 * unit + 300, older); });
+  });
+  gate.wait_until_reached(); // it writes the unit that holds the memory
+  first_is_gone = gone;
+  WatchedThread second([&] {
+    bench.write(9 * unit + 300, newer, fua);
+    tell();
+  });
+  second_waits.wait();
+  gate.let_go();
+  REQUIRE(first.ends());
+  REQUIRE(second.ends());
+  CHECK(first_error == (gone ? ESHUTDOWN : 0));
+  CHECK(bench.read(9 * unit + 300, newer.size()) == newer);
+  bench.cache->flush(bench.storage);
+  CHECK(bench.on_disk(9 * unit + 300, newer.size()) == newer);
+  CHECK(bench.storage.violations().empty());
 }
 
 TEST_CASE("without background writers full units wait for a large write", "[write_cache]") {

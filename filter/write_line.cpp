@@ -1,0 +1,29 @@
+#include "write_line.hpp"
+
+#include <algorithm>
+
+namespace qcowcache {
+
+void WriteLine::leave(Place place) noexcept {
+  wait_for_memory(place, false);
+  line_.erase(place);
+}
+
+void WriteLine::wait_for_memory(Place place, bool waits) noexcept {
+  waiting_for_memory_ += waits ? 1 : 0;
+  waiting_for_memory_ -= place->waits_for_memory ? 1 : 0;
+  place->waits_for_memory = waits;
+}
+
+bool WriteLine::is_behind(Place place, const ByteRange& range) noexcept {
+  return std::any_of(line_.begin(), place,
+                     [&](const Entry& earlier) { return earlier.range.overlaps(range); });
+}
+
+bool WriteLine::may_take_memory(Place place) noexcept {
+  return waiting_for_memory_ == 0 || std::none_of(line_.begin(), place, [](const Entry& earlier) {
+           return earlier.waits_for_memory;
+         });
+}
+
+} // namespace qcowcache
