@@ -779,13 +779,15 @@ void WriteCache::write(Storage& storage, std::uint64_t offset, std::span<const s
 }
 
 /// Whether storage shall have a write as the client sent it: it is as large as any that units are
-/// merged into, and has nothing to be completed. One that is no larger than a unit is held: alone
-/// or with others it is one request.
+/// merged into, or memory would hardly hold it, and has nothing to be completed. One that is no
+/// larger than a unit is held: alone or with others it is one request.
 bool WriteCache::passes_as_it_came(const Storage& storage, const ByteRange& range) const {
+  if (range.size() <= unit_size())
+    return false;
   const Capabilities& capabilities = storage.capabilities();
-  const std::uint64_t alignment = capabilities.write_alignment();
-  return range.size() >= settings_.max_write && range.size() > unit_size() &&
-         align_outward(range, alignment).intersection({0, capabilities.size}) == range;
+  const std::uint64_t large = std::min<std::uint64_t>(settings_.max_write, budget_.limit() / 4);
+  return range.size() >= large && align_outward(range, capabilities.write_alignment())
+                                          .intersection({0, capabilities.size}) == range;
 }
 
 /// The whole of `write`; `request`, if any, is a client's, to be counted.

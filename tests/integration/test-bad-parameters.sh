@@ -59,6 +59,7 @@ has_parameter qcowcache-cluster-size || fail "--help does not name qcowcache-clu
 has_parameter qcowcache-size-file || fail "--help does not name qcowcache-size-file"
 has_parameter qcowcache-writers || fail "--help does not name qcowcache-writers"
 has_parameter qcowcache-max-write || fail "--help does not name qcowcache-max-write"
+has_parameter qcowcache-max-delay || fail "--help does not name qcowcache-max-delay"
 has_parameter qcowcache-expire || fail "--help does not name qcowcache-expire"
 
 for value in -1 +1 65 junk 4k 0x4 1000000 1.5 " 4" 4294967296 18446744073709551616 ""; do
@@ -69,6 +70,7 @@ for value in junk -1 0 65535 63K 33554433 33M 1MB 1Q 9223372036854775808 9999999
 done
 for value in junk never -1 86401 5s 1.5 0x5 18446744073709551616 99999999999999999999 ""; do
     refused qcowcache-expire "$value" "from 0 to 86400"
+    refused qcowcache-max-delay "$value" "from 0 to 86400"
 done
 for value in "" / "$work" "$work/" . ..; do
     refused qcowcache-size-file "$value" "the name of a file"
@@ -107,6 +109,7 @@ for good in qcowcache-size=0 qcowcache-size=1 qcowcache-size=1G qcowcache-size=6
     qcowcache-cluster-size=2097152 qcowcache-size=9223372036854775807 qcowcache-size=7E \
     qcowcache-writers=0 qcowcache-writers=64 qcowcache-max-write=65536 qcowcache-max-write=32M \
     qcowcache-expire=0 qcowcache-expire=86400 \
+    qcowcache-max-delay=0 qcowcache-max-delay=86400 \
     "qcowcache-stats=$work/stats.json" qcowcache-stats-interval=0; do
     start_nbdkit good --filter="$FILTER" file "$work/disk" "$good"
     nbdinfo --size "$(uri good)" >/dev/null

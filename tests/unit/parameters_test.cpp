@@ -229,6 +229,15 @@ TEST_CASE("qcowcache-expire takes seconds up to a day, and 0 for never", "[param
   CHECK(parameters.expire() == std::chrono::seconds(1));
 }
 
+TEST_CASE("qcowcache-max-delay takes seconds up to a day, and 0 for no bound", "[parameters]") {
+  Parameters parameters;
+  CHECK(parameters.max_delay() == std::chrono::seconds(10));
+  CHECK(parameters.set("qcowcache-max-delay", "0"));
+  CHECK_FALSE(parameters.max_delay());
+  CHECK(parameters.set("qcowcache-max-delay", "86400"));
+  CHECK(parameters.max_delay() == std::chrono::hours(24));
+}
+
 TEST_CASE("qcowcache-size-file takes a name, which is made absolute at once", "[parameters]") {
   Parameters parameters;
   CHECK(parameters.set("qcowcache-size-file", "/run/size"));
@@ -315,6 +324,7 @@ TEST_CASE("one line names a wrong number, its parameter and what is allowed", "[
         "99999999999999999999"},
        "0",
        "86400"},
+      {"qcowcache-max-delay", {"", "86401", "-1", "5s", "1.5", "never"}, "0", "86400"},
   };
   for (const Wrong& wrong : all) {
     for (const std::string_view value : wrong.values) {

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# A client stops to listen with its writes under way while memory is full, as one
+# does whose network is gone.  Somebody connects in its place and writes something
+# newer to the same bytes: what was still on its way never replaces it.
+
+# shellcheck source-path=SCRIPTDIR source=functions.sh
+source "$(dirname "$0")/functions.sh"
+set -e
+
+rounds=25
+if [ "${LONG:-}" = 1 ]; then
+    rounds=300
+fi
+
+fresh_file "$work/disk" 32M
+write_header "$work/disk" 16
+start_nbdkit server --filter="$FILTER" --filter=delay file "$work/disk" wdelay=10ms \
+    qcowcache-size=1M
+python "$work/server.sock" "$rounds" <<'END'
+import nbd, os, random, signal, sys, time
+address, rounds = sys.argv[1], int(sys.argv[2])
+random.seed(17)
+
+def connect():
+    client = nbd.NBD()
+    client.connect_unix(address)
+    return client
+
+def places():
+    # No more than the server takes at once; some at odd places, some whole blocks.
+    units = random.sample(range(16, 400), 12)
+    return [((unit << 16) + random.randrange(0, 32768) // grid * grid, size)
+            for unit, (grid, size) in zip(units, [(1, 700), (4096, 4096)] * 6)]
+
+class Silent:
+    """A client with writes under way that nobody hears of any more."""
+    def __init__(self, todo):
+        sent, self.sent = os.pipe()
+        self.child = os.fork()
+        if self.child == 0:
+            client = connect()
+            for offset, size in todo:
+                client.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"o" * size)), offset)
+            os.write(self.sent, b".")
+            signal.pause()
+        os.read(sent, 1)
+        os.close(sent)
+        time.sleep(random.uniform(0.002, 0.03))
+
+    def end(self):
+        os.kill(self.child, signal.SIGKILL)
+        os.waitpid(self.child, 0)
+        os.close(self.sent)
+
+filler = connect()
+reverted = torn = written = 0
+for round in range(rounds):
+    for unit in range(400, 500):  # memory is full of others'
+        filler.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"f" * 100)), unit << 16)
+    todo = places()
+    silent = Silent(todo)
+    client = connect()
+    for offset, size in todo:
+        client.pwrite(b"n" * size, offset)
+    client.flush()
+    while filler.aio_in_flight() > 0:
+        filler.poll(-1)
+    for offset, size in todo:
+        found = bytes(client.pread(size, offset))
+        written += 1
+        reverted += found == b"o" * size
+        torn += found not in (b"o" * size, b"n" * size)
+    client.shutdown()
+    silent.end()
+print(f"of {written} writes {reverted} were reverted, {torn} torn")
+sys.exit(1 if reverted + torn else 0)
+END
+stop_nbdkit server
