@@ -82,8 +82,17 @@ std::size_t WriteCache::bookkeeping() const noexcept {
   return sizeof(Unit) + 128 + most_fragments() * sizeof(ByteRange) * 4 * 8 / 5;
 }
 
-std::shared_ptr<Unit::Buffer> WriteCache::take_buffer(const Lock& /*lock*/) {
-  return budget_.try_take(unit_size_, bookkeeping());
+/// `but` is what the caller is about to use: clean units elsewhere make room.
+std::shared_ptr<Unit::Buffer> WriteCache::take_buffer(const Lock& lock, const ByteRange& but) {
+  std::shared_ptr<Unit::Buffer> buffer = budget_.try_take(unit_size_, bookkeeping());
+  while (!buffer && !clean_.empty() && !clean_.front().range().overlaps(but)) {
+    const bool last = units_.size() == 1; // units of another size may follow it
+    drop(lock, clean_.front());
+    if (last)
+      break;
+    buffer = budget_.try_take(unit_size_, bookkeeping());
+  }
+  return buffer;
 }
 
 Unit& WriteCache::add_unit(const Lock& /*lock*/, std::uint64_t begin,
@@ -194,11 +203,14 @@ bool WriteCache::holds_in_vain(const Lock& lock) const {
 /// Storage is given something to do before memory is used up.
 void WriteCache::keep_writers_busy(const Lock& lock) {
   constexpr std::size_t depth = 16;
-  if (!settings_.wake_writer || unclean_units_ < depth / 4 || queued_ >= depth)
+  if (!settings_.wake_writer || queued_ >= depth)
+    return;
+  // Those that have been completed the writers have already.
+  std::size_t filling = unclean_units_ - queued_ - claimed_;
+  if (filling < depth / 4)
     return;
   const std::size_t enough = enough_unclean(lock);
-  for (std::size_t more = unclean_units_; more > enough && queued_ < depth && !filling_.empty();
-       --more)
+  for (; filling > enough && queued_ < depth && !filling_.empty(); --filling)
     enqueue(lock, filling_.front(), Unit::Reason::memory);
 }
 
@@ -430,7 +442,7 @@ void WriteCache::keep_header(const Lock& lock, std::span<const std::byte> data) 
   if (!caching(lock) || wanted_unit_size_ != unit_size_ || units_.contains(0))
     return;
   try {
-    if (std::shared_ptr<Unit::Buffer> buffer = take_buffer(lock))
+    if (std::shared_ptr<Unit::Buffer> buffer = take_buffer(lock, {}))
       add_unit(lock, 0, std::move(buffer))
           .learn(0, data.first(std::min<std::size_t>(data.size(), unit_size_)), nullptr);
   } catch (const std::bad_alloc&) {
@@ -722,7 +734,7 @@ WriteCache::Taken WriteCache::absorb(WriteLine::Place place, const Storage& writ
         return {Absorbed::no_memory};
       if (holds_in_vain(lock))
         return {Absorbed::no_gain};
-      std::shared_ptr<Unit::Buffer> buffer = take_buffer(lock);
+      std::shared_ptr<Unit::Buffer> buffer = take_buffer(lock, range);
       if (!buffer)
         return {Absorbed::no_memory};
       add_unit(lock, begin, std::move(buffer));
@@ -730,7 +742,7 @@ WriteCache::Taken WriteCache::absorb(WriteLine::Place place, const Storage& writ
       enqueue(lock, found->second, Unit::Reason::many_pieces);
       return {Absorbed::unit_busy};
     } else if (found->second.pinned()) {
-      std::shared_ptr<Unit::Buffer> second = take_buffer(lock);
+      std::shared_ptr<Unit::Buffer> second = take_buffer(lock, range);
       if (!second)
         return {Absorbed::unit_busy};
       found->second.replace_buffer(std::move(second));
@@ -1023,6 +1035,7 @@ bool WriteCache::absorb_around(const Storage& writer, const ByteRange& blocks,
 bool WriteCache::make_room(Storage& storage, InLine& place) {
   const std::uint64_t seen = budget_.changes();
   std::size_t needed = 0;
+  bool is_next = false;
   bool greedy = false;
   bool owes = false;
   bool pays = false;
@@ -1030,26 +1043,29 @@ bool WriteCache::make_room(Storage& storage, InLine& place) {
   {
     const Lock lock(mutex_);
     needed = unit_size_ + bookkeeping();
-    greedy = !line_.may_take_memory(place.place()) || beyond_share(lock) || beyond_delay(lock);
+    is_next = line_.may_take_memory(place.place());
+    greedy = beyond_share(lock) || beyond_delay(lock);
     owes = !filling_.empty() || !busy_.empty();
     pays = savings_.pays();
     more_at_once = jobs_ < line_.waiting_for_memory();
   }
-  if (!greedy && budget_.reclaim(needed))
+  if (is_next && !greedy && budget_.reclaim(needed))
     return true;
   if (!pays)
     return false;
   const Counters::Stopwatch waiting(*settings_.counters, Count::memory_wait);
-  if (!settings_.wake_writer)
-    return write_oldest(storage);
-  if (!budget_.press(*this) || !owes)
-    return false;
-  // Storage has as many requests at once as clients would have under way without the cache. And
-  // should the background writers all be busy elsewhere this request writes a unit itself.
+  // Should the background writers all be busy elsewhere requests write units themselves.
+  constexpr std::chrono::milliseconds patience{20};
+  if (is_next) {
+    if (!settings_.wake_writer)
+      return write_oldest(storage);
+    if (!budget_.press(*this) || !owes)
+      return false;
+  }
+  // Storage has as many requests at once as clients would have under way without the cache.
   if (more_at_once && write_oldest(storage))
     return true;
-  constexpr std::chrono::milliseconds patience{20};
-  return budget_.wait_for_change(seen, patience) || write_oldest(storage);
+  return budget_.wait_for_change(seen, patience) || !is_next || write_oldest(storage);
 }
 
 bool WriteCache::write_oldest(Storage& storage) {

@@ -298,7 +298,7 @@ private:
   [[nodiscard]] bool caching(const Lock&) const;
   [[nodiscard]] std::size_t most_fragments() const noexcept;
   [[nodiscard]] std::size_t bookkeeping() const noexcept;
-  [[nodiscard]] std::shared_ptr<Unit::Buffer> take_buffer(const Lock&);
+  [[nodiscard]] std::shared_ptr<Unit::Buffer> take_buffer(const Lock&, const ByteRange& but);
   Unit& add_unit(const Lock&, std::uint64_t begin, std::shared_ptr<Unit::Buffer>&& buffer);
   void place(const Lock&, Unit& unit) noexcept;
   [[nodiscard]] bool all_stored(const Lock&) const noexcept;
