@@ -666,8 +666,9 @@ public:
     if (!joined_)
       return;
     const Lock lock(cache_.mutex_);
+    forgo_memory(lock);
     cache_.line_.leave(place_);
-    cache_.note_progress(lock);
+    cache_.line_moved_.notify_all();
   }
 
   /// Unless it has one already.
@@ -680,10 +681,10 @@ public:
     join(lock, range);
     cache_.line_.wait_for_memory(place_, true);
   }
-  void forgo_memory(const Lock& lock) noexcept {
+  void forgo_memory(const Lock& /*lock*/) noexcept {
     if (joined_ && place_->waits_for_memory) {
       cache_.line_.wait_for_memory(place_, false);
-      cache_.note_progress(lock); // who comes after may take some now
+      cache_.budget_.note_change(); // who comes after may take some now
     }
   }
   [[nodiscard]] bool joined() const noexcept { return joined_; }
@@ -893,7 +894,7 @@ void WriteCache::wait_turn(InLine& place, const ByteRange& range) {
   Lock lock(mutex_);
   place.join(lock, range);
   while (line_.is_behind(place.place(), range)) {
-    progress_.wait_for(lock, between_questions);
+    line_moved_.wait_for(lock, between_questions);
     lock.unlock();
     stay_connected();
     lock.lock();

@@ -433,6 +433,7 @@ private:
   /// Units that have something which storage lacks.
   std::size_t unclean_units_ = 0;
   WriteLine line_;
+  std::condition_variable line_moved_;
   Savings savings_;
   WriteRate rate_;
   ZeroMap zero_map_;
