@@ -32,7 +32,7 @@ done
 fresh_file "$work/target" 8M
 start_nbdkit server -v -D rate.bucket=1 --filter="$FILTER" --filter=rate --filter=log file "$work/target" \
     rate=8K qcowcache-cluster-size=64k logfile="$work/log"
-nbdsh -u "$(uri server)" -c 'h.pwrite(bytes([1]) * (1 << 20), 0)' -c 'import os' -c 'os._exit(0)'
+nbdsh -u "$(uri server)" -c 'for half in 0, 1: h.pwrite(bytes([1]) * (1 << 19), half << 19)' -c 'import os' -c 'os._exit(0)'
 [ "$(client_waits)" -eq 0 ] || fail "a client had to wait for storage"
 wait_until 30 somebody_waits || fail "storage is not slow"
 [ "$(count_log "$work/log" bytes)" -lt $((1 << 20)) ] || fail "storage has everything already"

@@ -15,7 +15,7 @@ all_stored ()
     "$PYTHON" - "$work/disk" <<'END'
 import sys
 with open(sys.argv[1], "rb") as disk:
-    for i in range(0, 200, 10):
+    for i in range(0, 100, 10):
         disk.seek(i * 131072 + 7)
         if disk.read(1000) != bytes([i + 1]) * 1000:
             sys.exit(1)
@@ -35,7 +35,7 @@ address, full, waits, go_on = sys.argv[1:]
 client = nbd.NBD()
 client.connect_unix(address)
 open(full, "w").close()
-for i in range(200):
+for i in range(100):
     client.pwrite(bytes([i + 1]) * 1000, i * 131072 + 7)
 for _ in range(20):
     try:
@@ -57,7 +57,7 @@ END
     told=$(refusals)
     # Once for each flush, once or twice before the first, and one every five seconds.
     if [ "$told" -lt 20 ] || [ "$told" -gt 60 ]; then
-        fail "$writers writers: 200 units and 20 flushes made storage refuse $told times"
+        fail "$writers writers: 100 units and 20 flushes made storage refuse $told times"
     fi
     rm "$work/full"
     if [ "$writers" -gt 0 ]; then
