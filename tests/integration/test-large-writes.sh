@@ -7,7 +7,7 @@
 source "$(dirname "$0")/functions.sh"
 set -e
 
-# requests CHAIN...: what `fill` costs storage below CHAIN, as $writes and $reads
+# requests CHAIN...: what `fill` costs storage below CHAIN, as $writes
 requests ()
 {
     rm -f "$work/below.log"
@@ -17,7 +17,6 @@ requests ()
     fill "nbd+unix:///?socket=$work/server.sock"
     stop_nbdkit server
     writes=$(count_log "$work/below.log" writes)
-    reads=$(count_log "$work/below.log" reads)
 }
 
 # no_more NAME: through the filter in its sizes of memory, against without
@@ -30,7 +29,7 @@ no_more ()
     cp "$work/disk" "$work/expected"
     for size in 1M 64M; do
         for writers in 0 4; do
-            parameters=(qcowcache-size=$size qcowcache-writers=$writers)
+            parameters=("qcowcache-size=$size" "qcowcache-writers=$writers")
             requests --filter="$FILTER"
             echo "$1, $size, $writers writers: $writes writes, $alone without the filter"
             [ "$writes" -le "$alone" ] || fail "$1: $writes writes, $alone without the filter"
