@@ -77,7 +77,8 @@ void Connection::drain() noexcept {
   if (const std::optional<Handle::Use> use = handle_->use(); use && image.verifier() != nullptr)
     image.verifier()->ends(&use->storage());
   const bool unchecked = image.verifier() != nullptr && image.verifier()->has_work_at_end();
-  if (!capabilities().can_write || (image.cache().clean() && !unchecked))
+  const bool stored = image.cache().clean() && !image.cache().recorded();
+  if (!capabilities().can_write || (stored && !unchecked))
     return;
   // Filters that sleep refuse to do so in a thread that serves a client once the client is gone.
   try {

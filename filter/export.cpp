@@ -117,7 +117,7 @@ void Export::leave_image(const Handle& handle, const std::shared_ptr<Image>& ima
   if (image->is_used())
     return;
   if (!shared)
-    image->report_lost();
+    image->report_lost_to_clients();
   if (!shared || image->cache().clean())
     remove(image);
   else if (settings_.verify)

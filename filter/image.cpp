@@ -45,6 +45,10 @@ void Image::begin(const Capabilities& capabilities, std::shared_ptr<const void> 
   settings.expire = settings_.expire;
   settings.max_delay = settings_.max_delay;
   settings.interrupted = settings_.interrupted;
+  if (UncleanFile* const unclean = settings_.unclean; unclean != nullptr) {
+    settings.hold = [this, unclean] { return unclean->hold(name_); };
+    settings.release = [this, unclean] { unclean->release(name_); };
+  }
   if (settings_.statistics != nullptr)
     settings.counters = settings_.statistics->counters(name_);
   settings.events = settings_.events.about("export \"" + printable(name_) + "\": ");
@@ -72,6 +76,7 @@ void Image::begin(const Capabilities& capabilities, std::shared_ptr<const void> 
 }
 
 void Image::end() {
+  cache_->abandon();
   if (const std::shared_ptr<Writeback::Source> source = source_.lock())
     settings_.writeback->remove(source);
 }
@@ -237,12 +242,18 @@ std::optional<Handle::Use> Image::lend_any(const Handle& but) const {
   return std::nullopt;
 }
 
-void Image::report_lost() const {
+bool Image::report_lost() const {
   const Unsaved lost = cache_->unsaved();
   if (lost.bytes == 0)
-    return;
+    return false;
   cache_->counters()->add(Count::lost_bytes, lost.bytes);
   settings_.report_loss(name_, lost);
+  return true;
+}
+
+void Image::report_lost_to_clients() const {
+  if (report_lost() && settings_.unclean != nullptr)
+    settings_.unclean->lose(name_);
 }
 
 } // namespace qcowcache

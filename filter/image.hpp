@@ -5,6 +5,7 @@
 #include "memory_budget.hpp"
 #include "range_lock.hpp"
 #include "statistics.hpp"
+#include "unclean_file.hpp"
 #include "verifier.hpp"
 #include "write_cache.hpp"
 #include "writeback.hpp"
@@ -38,6 +39,9 @@ public:
     std::uint64_t max_write = std::uint64_t{1024} * 1024;
     std::optional<std::chrono::milliseconds> expire;
     std::optional<std::chrono::milliseconds> max_delay = {};
+    /// Where it is written down that the image holds something, which outlives the image; nullptr:
+    /// nowhere.
+    UncleanFile* unclean = nullptr;
     /// The background writers, which outlive the image; nullptr: requests write themselves.
     Writeback* writeback = nullptr;
     /// Tells the operator of bytes that were acknowledged and are lost. Must not throw.
@@ -122,8 +126,10 @@ public:
   /// or storage refused the unit there, another that is trusted; nothing when there is none.
   [[nodiscard]] std::optional<Handle::Use> lend(const WriteCache::Next& next) const;
 
-  /// Counts what is left as lost, and tells the operator.
-  void report_lost() const;
+  /// Counts what is left as lost, and tells the operator. Returns whether there is something.
+  bool report_lost() const;
+  /// The same where clients may come back for it, to the same disk: they will be told.
+  void report_lost_to_clients() const;
 
   /// Gives up the verifier: what the next one of the name has to know.
   Verifier::Left remove_verifier();

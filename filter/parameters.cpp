@@ -1,6 +1,6 @@
 #include "parameters.hpp"
 
-#include "stats_file.hpp"
+#include "file.hpp"
 
 #include <algorithm>
 #include <array>
@@ -117,6 +117,9 @@ const char* Parameters::help() noexcept {
          "                               Rewrite that report this often while serving, up to "
          "86400\n"
          "                               (default 0, only at the end).\n"
+         "qcowcache-unclean=<FILE>       Keep the names of exports with unflushed bytes there, so\n"
+         "                               that their loss is noticed after a crash; an absolute "
+         "path.\n"
          "qcowcache-verify=off|warn|error|all\n"
          "                               Check that compressed clusters can be read before a "
          "flush\n"
@@ -168,10 +171,17 @@ bool Parameters::set(std::string_view key, std::string_view value) {
     return true;
   }
   if (key == "qcowcache-stats") {
-    const std::string fault = StatsFile::fault(std::string(value));
+    const std::string fault = file_fault(std::string(value));
     if (!fault.empty())
       refuse(key, value, fault);
     stats_file_ = value;
+    return true;
+  }
+  if (key == "qcowcache-unclean") {
+    const std::string fault = file_fault(std::string(value));
+    if (!fault.empty())
+      refuse(key, value, fault);
+    unclean_file_ = value;
     return true;
   }
   if (key == "qcowcache-stats-interval") {
@@ -210,8 +220,8 @@ bool Parameters::set(std::string_view key, std::string_view value) {
   if (key.substr(0, prefix.size()) == prefix) {
     throw ParameterError(beginning_of_line(key, value) +
                          "no such parameter; allowed: cluster-size, expire, max-delay, "
-                         "max-write, readback, size, size-file, stats, stats-interval, verify and "
-                         "writers, each after qcowcache-");
+                         "max-write, readback, size, size-file, stats, stats-interval, unclean, "
+                         "verify and writers, each after qcowcache-");
   }
   return false;
 }

@@ -57,6 +57,8 @@ public:
   [[nodiscard]] const std::string& size_file() const noexcept { return size_file_; }
   /// Absolute path of the file that statistics are reported in, or empty.
   [[nodiscard]] const std::string& stats_file() const noexcept { return stats_file_; }
+  /// Absolute path of the file that names exports which hold unflushed bytes, or empty.
+  [[nodiscard]] const std::string& unclean_file() const noexcept { return unclean_file_; }
   /// How often the report is rewritten while nbdkit serves; nothing: only at the end.
   [[nodiscard]] std::optional<std::chrono::seconds> stats_interval() const noexcept {
     return stats_interval_;
@@ -76,6 +78,7 @@ private:
   std::optional<std::chrono::seconds> max_delay_ = std::chrono::seconds(10);
   std::string size_file_;
   std::string stats_file_;
+  std::string unclean_file_;
   std::optional<std::chrono::seconds> stats_interval_;
   bool readback_ = false;
   Verify verify_ = Verify::off;

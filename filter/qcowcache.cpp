@@ -5,14 +5,18 @@
 #include "connection.hpp"
 #include "events.hpp"
 #include "export.hpp"
+#include "file.hpp"
 #include "loss_message.hpp"
 #include "memory_budget.hpp"
 #include "nbdkit_storage.hpp"
 #include "parameters.hpp"
+#include "qcow2/header.hpp"
+#include "qcow2/new_image.hpp"
 #include "readback_storage.hpp"
 #include "size_file.hpp"
 #include "statistics.hpp"
 #include "stats_file.hpp"
+#include "unclean_file.hpp"
 #include "writeback.hpp"
 
 #include <nbdkit-filter.h>
@@ -97,7 +101,8 @@ public:
   Server(const Parameters& parameters, int thread_model)
       : budget_(parameters.size()),
         writers_(thread_model == NBDKIT_THREAD_MODEL_PARALLEL ? parameters.writers() : 0),
-        verifies_(parameters.verify() != Verify::off), writeback_([this] { follow_size(); }),
+        unclean_(make_unclean_file(parameters)), verifies_(parameters.verify() != Verify::off),
+        writeback_([this] { follow_size(); }),
         exports_(image_settings(parameters, thread_model), budget_),
         stats_interval_(parameters.stats_interval()) {
     if (!parameters.size_file().empty()) {
@@ -111,6 +116,12 @@ public:
       debug("no background writers: storage takes one request at a time");
     else
       debug(std::to_string(writers_) + " background writers");
+  }
+
+  /// Takes possession of what another server must not have.
+  void open_files() const {
+    if (unclean_)
+      unclean_->open();
   }
 
   void start() {
@@ -139,6 +150,9 @@ public:
     }
   }
 
+  /// nullptr: nobody wants to know.
+  [[nodiscard]] UncleanFile* unclean() const noexcept { return unclean_.get(); }
+
   Connection* open(std::string export_name) {
     auto connection = std::make_unique<Connection>(exports_, std::move(export_name));
     const std::lock_guard lock(mutex_);
@@ -157,6 +171,12 @@ public:
   }
 
 private:
+  static std::unique_ptr<UncleanFile> make_unclean_file(const Parameters& parameters) {
+    if (parameters.unclean_file().empty())
+      return nullptr;
+    return std::make_unique<UncleanFile>(parameters.unclean_file(), complain);
+  }
+
   /// REQUIRES: all that the settings name has been made.
   Image::Settings image_settings(const Parameters& parameters, int thread_model) {
     Image::Settings settings;
@@ -164,6 +184,7 @@ private:
     settings.max_write = parameters.max_write();
     settings.expire = parameters.expire();
     settings.max_delay = parameters.max_delay();
+    settings.unclean = unclean_.get();
     settings.writeback = writers_ > 0 ? &writeback_ : nullptr;
     settings.report_loss = report_loss;
     settings.statistics = &statistics_;
@@ -196,6 +217,7 @@ private:
   /// nbdkit guards a plugin that is not parallel with locks that only its own threads hold, so
   /// background writers are for parallel ones only.
   const unsigned writers_;
+  const std::unique_ptr<UncleanFile> unclean_;
   const bool verifies_;
   Writeback writeback_;
   Writeback decoders_;
@@ -223,6 +245,8 @@ int errno_of(const char* what, Work work) noexcept {
     return 0;
   } catch (const Verifier::Interrupted& end) {
     return end.code().value(); // the check at the connection's end tells what it could not do
+  } catch (const UncleanFile::Lost& lost) {
+    return lost.code().value(); // the operator has been told once
   } catch (const std::system_error& error) {
     nbdkit_error("qcowcache: %s: %s", what, error.what());
     return error.code().value() != 0 ? error.code().value() : EIO;
@@ -291,12 +315,13 @@ int filter_get_ready(int thread_model) {
 int filter_after_fork(nbdkit_backend* /*backend*/) {
   // Again, for nbdkit may have become another user.
   if (const std::string& file = parameters.stats_file(); !file.empty()) {
-    if (const std::string fault = StatsFile::fault(file); !fault.empty()) {
+    if (const std::string fault = file_fault(file); !fault.empty()) {
       nbdkit_error("qcowcache-stats=%s: must be %s", printable(file).c_str(), fault.c_str());
       return -1;
     }
   }
-  return errno_of("background threads", [] { server->start(); }) == 0 ? 0 : -1;
+  const int error = errno_of("qcowcache-unclean", [] { server->open_files(); });
+  return error == 0 && errno_of("background threads", [] { server->start(); }) == 0 ? 0 : -1;
 }
 
 void filter_cleanup(nbdkit_backend* /*backend*/) {
@@ -369,6 +394,18 @@ int filter_can_zero(nbdkit_next* /*next*/, void* handle) {
   return connection_of(handle).capabilities().can_zero ? NBDKIT_ZERO_NATIVE : NBDKIT_ZERO_EMULATE;
 }
 
+/// An export that has lost bytes takes no more, but for what may begin a new image.
+void refuse_if_lost(const Connection& connection, std::uint64_t offset) {
+  if (UncleanFile* const unclean = server->unclean();
+      unclean != nullptr && offset >= qcow2::header_bytes)
+    unclean->refuse_if_lost(connection.export_name());
+}
+
+void begins_image(const Connection& connection) {
+  if (UncleanFile* const unclean = server->unclean(); unclean != nullptr)
+    unclean->begin_anew(connection.export_name());
+}
+
 int filter_pread(nbdkit_next* /*next*/, void* handle, void* buffer, std::uint32_t count,
                  std::uint64_t offset, std::uint32_t /*flags*/, int* err) {
   return serve("read", err, [&] {
@@ -385,12 +422,15 @@ int filter_pwrite(nbdkit_next* /*next*/, void* handle, const void* buffer, std::
                   std::uint64_t offset, std::uint32_t flags, int* err) {
   return serve("write", err, [&] {
     server->follow_size();
+    refuse_if_lost(connection_of(handle), offset);
     const Connection::InUse in_use = connection_of(handle).in_use({true, {offset, offset + count}});
     const std::span data{static_cast<const std::byte*>(buffer), count};
     CachedImage image(in_use.cache, in_use.use.storage());
     Verifier::Change change(in_use.verifier, image, {offset, offset + count});
     in_use.cache.write(in_use.use.storage(), offset, data, (flags & NBDKIT_FLAG_FUA) != 0);
     change.wrote(data);
+    if (qcow2::begins_image(offset, data))
+      begins_image(connection_of(handle));
   });
 }
 
@@ -420,6 +460,8 @@ int filter_flush(nbdkit_next* /*next*/, void* handle, std::uint32_t /*flags*/, i
     Connection& connection = connection_of(handle);
     const Connection::InUse in_use = connection.in_use({});
     in_use.cache.flush(in_use.use.storage());
+    if (UncleanFile* const unclean = server->unclean(); unclean != nullptr)
+      unclean->refuse_if_lost(connection.export_name());
     if (check(in_use, connection.export_name()) == Verifier::Outcome::damaged &&
         damage_fails_a_flush())
       throw std::system_error(EIO, std::generic_category(),
@@ -432,6 +474,7 @@ int filter_flush(nbdkit_next* /*next*/, void* handle, std::uint32_t /*flags*/, i
 int filter_trim(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::uint64_t offset,
                 std::uint32_t flags, int* err) {
   return serve("trim", err, [&] {
+    refuse_if_lost(connection_of(handle), offset);
     const Connection::InUse in_use = connection_of(handle).in_use({true, {offset, offset + count}});
     CachedImage image(in_use.cache, in_use.use.storage());
     const Verifier::Change change(in_use.verifier, image, {offset, offset + count});
@@ -448,12 +491,15 @@ int filter_zero(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::u
   options.fast = (flags & NBDKIT_FLAG_FAST_ZERO) != 0;
   bool not_fast = false;
   const int result = serve("zero", err, [&] {
+    refuse_if_lost(connection_of(handle), offset);
     const Connection::InUse in_use = connection_of(handle).in_use({true, {offset, offset + count}});
     CachedImage image(in_use.cache, in_use.use.storage());
     Verifier::Change change(in_use.verifier, image, {offset, offset + count});
     try {
       in_use.cache.zero(in_use.use.storage(), {offset, offset + count}, options);
       change.zeroed();
+      if (offset == 0 && count >= qcow2::magic_bytes)
+        begins_image(connection_of(handle));
     } catch (const std::system_error& error) {
       not_fast = options.fast && (error.code() == std::errc::not_supported ||
                                   error.code() == std::errc::operation_not_supported);

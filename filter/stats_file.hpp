@@ -33,10 +33,6 @@ public:
   /// Ends the thread, and writes nothing.
   ~StatsFile();
 
-  /// Whether a report can be written to `path` by this process, as far as that can be told before:
-  /// what is wrong with it (as in "must be ..."), or nothing.
-  [[nodiscard]] static std::string fault(const std::string& path);
-
   /// Writes a report now, and again whenever `interval` has passed. Throws std::system_error when
   /// there is no thread to be had.
   void start(std::chrono::seconds interval);

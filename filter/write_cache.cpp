@@ -723,6 +723,9 @@ WriteCache::Taken WriteCache::absorb(WriteLine::Place place, const Storage& writ
     copy_cached(lock, offset, refreshed, gaps);
   }
 
+  if (!recorded_ && settings_.hold)
+    return {Absorbed::unrecorded};
+
   // First everything that can fail, so that a write is taken whole or not at all.
   const ByteRange range{offset, offset + data.size()};
   if (line_.is_behind(place, range))
@@ -756,7 +759,7 @@ WriteCache::Taken WriteCache::absorb(WriteLine::Place place, const Storage& writ
   const std::size_t unclean = unclean_units_;
   // A write with ragged ends has storage read what completes its blocks.
   const bool ragged = align_outward(range, writer.capabilities().write_alignment()) != range;
-  ++moment_;
+  last_held_ = ++moment_;
   for_each_unit(lock, range, [&](Unit& unit) {
     const ByteRange part = range.intersection(unit.range());
     unit.absorb(part.begin, data.subspan(part.begin - offset, part.size()), moment_);
@@ -862,6 +865,9 @@ void WriteCache::take(Storage& storage, std::uint64_t offset, std::span<const st
     case Absorbed::no_gain:
       goes_through = true;
       break;
+    case Absorbed::unrecorded:
+      goes_through = !record();
+      break;
     case Absorbed::held:
       break;
     }
@@ -880,6 +886,51 @@ void WriteCache::take(Storage& storage, std::uint64_t offset, std::span<const st
          writes > 0 && !holds_back() && write_next(storage); --writes) {
     }
   }
+}
+
+/// Returns whether it is written down that something is held here.
+bool WriteCache::record() {
+  if (!settings_.hold())
+    return false;
+  bool already = false;
+  {
+    const Lock lock(mutex_);
+    already = std::exchange(recorded_, true);
+  }
+  if (already)
+    settings_.release(); // another request was as quick
+  return true;
+}
+
+bool WriteCache::recorded() const {
+  const Lock lock(mutex_);
+  return recorded_;
+}
+
+std::uint64_t WriteCache::last_held() const {
+  const Lock lock(mutex_);
+  return last_held_;
+}
+
+/// Storage has been flushed: where it has everything, and nothing has been held since `held`, there
+/// is nothing that a crash could take.
+void WriteCache::release(std::uint64_t held) {
+  {
+    const Lock lock(mutex_);
+    if (!all_stored(lock) || last_held_ != held || !std::exchange(recorded_, false))
+      return;
+  }
+  settings_.release();
+}
+
+void WriteCache::abandon() noexcept {
+  bool recorded = false;
+  {
+    const Lock lock(mutex_);
+    recorded = std::exchange(recorded_, false);
+  }
+  if (recorded)
+    settings_.release();
 }
 
 /// Who sent the request may be gone: it is not for a client that nobody can ask any more.
@@ -1376,13 +1427,24 @@ Unsaved WriteCache::unsaved() const {
 
 void WriteCache::flush(Storage& storage) {
   settings_.counters->add(Count::client_flushes);
+  const std::uint64_t held = last_held();
   if (const std::error_code error = write_owed(storage, Unit::Reason::flush))
     throw std::system_error(error, "not everything could be stored");
   storage.flush();
+  release(held);
 }
 
 std::error_code WriteCache::drain(Storage& storage) {
-  const std::error_code error = write_owed(storage, Unit::Reason::disconnect);
+  const std::uint64_t held = last_held();
+  std::error_code error = write_owed(storage, Unit::Reason::disconnect);
+  if (!error && recorded() && clean()) {
+    try {
+      storage.flush();
+      release(held);
+    } catch (const std::system_error& refusal) {
+      error = refusal.code();
+    }
+  }
   if (!clean())
     look_at_disk(storage); // what is left may wait for another connection, to be recognised by this
   return error;

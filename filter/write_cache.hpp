@@ -53,6 +53,8 @@ enum class Absorbed {
   /// There would be memory, but storage has enough to do, and lately it was not spared any request
   /// by what was held: let the write go through.
   no_gain,
+  /// Nobody has written down yet that something is held here: that first.
+  unrecorded,
 };
 
 /// Bytes that are acknowledged to clients and that storage does not have.
@@ -112,6 +114,13 @@ public:
     /// Called after storage was changed in a range, by the thread that still owns it, with no mutex
     /// held; other caches over the same storage must then `forget` it.
     std::function<void(const ByteRange&)> changed_storage;
+    /// Called before anything is held, to write down for after a crash that this is so, and when a
+    /// flush, or the end of a connection, has left nothing. Where `hold` returns false it could not
+    /// be written down, and the write goes through. Called with no mutex held, from several threads
+    /// at once: each `hold` that returned true is followed by one `release`, but for the last where
+    /// the server ends before. Must not throw. Nothing: nobody writes it down.
+    std::function<bool()> hold;
+    std::function<void()> release;
     /// This cache's own; requests to storage are counted by `Storage`.
     std::shared_ptr<Counters> counters = std::make_shared<Counters>();
     Events events;
@@ -220,10 +229,16 @@ public:
   /// write.
   void tick();
 
+  /// Whether it is written down that something is held here, or was since the last flush.
+  [[nodiscard]] bool recorded() const;
+  /// What is left, if anything, is given up: nothing is held any more, and after a crash nobody has
+  /// to know of it. Nobody uses the cache any more.
+  void abandon() noexcept;
   /// Writes what this connection wrote before the call, and what nobody is left to write for,
   /// waiting for others who write some of it. Storage's errors do not end it, since this may be the
   /// last chance: but once storage has said that it has no room it is asked no more.
-  /// Returns storage's first error.
+  /// Where it is written down that something was held here storage is flushed, too, so that this
+  /// can be crossed out. Returns storage's first error.
   std::error_code drain(Storage& storage);
   /// Whether storage has everything.
   [[nodiscard]] bool clean() const;
@@ -362,6 +377,9 @@ private:
                std::span<const std::byte> data, const ByteRange* request,
                std::span<std::byte> refreshed);
   void wake(std::size_t waiting) const;
+  [[nodiscard]] bool record();
+  void release(std::uint64_t held);
+  [[nodiscard]] std::uint64_t last_held() const;
   [[nodiscard]] bool passes_as_it_came(const Storage& storage, const ByteRange& range) const;
   void write_through(InLine& place, Storage& storage, std::uint64_t offset,
                      std::span<const std::byte> data, bool fua);
@@ -461,6 +479,9 @@ private:
   std::uint64_t attempts_ = 0;
   /// Grows with each write; tells which bytes a flush has to wait for.
   std::uint64_t moment_ = 0;
+  /// When something was held last, and whether that is written down for after a crash.
+  std::uint64_t last_held_ = 0;
+  bool recorded_ = false;
   std::uint64_t units_completed_ = 0;
   /// What listeners to decisions were last told.
   struct Told {

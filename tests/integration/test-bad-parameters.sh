@@ -93,6 +93,9 @@ refused qcowcache-stats "" "absolute path"
 refused qcowcache-stats stats.json "absolute path"
 refused qcowcache-stats ./stats.json "absolute path"
 refused qcowcache-stats "$work/directory/" "absolute path"
+refused qcowcache-unclean unclean "absolute path"
+refused qcowcache-unclean "$work/no-such/unclean" "in a directory that can be written to" "No such file"
+refused qcowcache-unclean /dev/null "regular file"
 refused qcowcache-stats "$work/no-such/stats.json" "in a directory that can be written to" "No such file"
 refused qcowcache-stats "$work/disk/stats.json" "in a directory that can be written to" "Not a directory"
 refused qcowcache-stats "$work/directory" "regular file"
@@ -110,7 +113,8 @@ for good in qcowcache-size=0 qcowcache-size=1 qcowcache-size=1G qcowcache-size=6
     qcowcache-writers=0 qcowcache-writers=64 qcowcache-max-write=65536 qcowcache-max-write=32M \
     qcowcache-expire=0 qcowcache-expire=86400 \
     qcowcache-max-delay=0 qcowcache-max-delay=86400 \
-    "qcowcache-stats=$work/stats.json" qcowcache-stats-interval=0; do
+    "qcowcache-stats=$work/stats.json" qcowcache-stats-interval=0 \
+    "qcowcache-unclean=$work/unclean"; do
     start_nbdkit good --filter="$FILTER" file "$work/disk" "$good"
     nbdinfo --size "$(uri good)" >/dev/null
     stop_nbdkit good

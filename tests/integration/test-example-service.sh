@@ -30,16 +30,19 @@ setting ()
 # What the man page explains.
 [ "$(setting service KillMode)" = mixed ] || fail "KillMode"
 [ "$(setting service TimeoutStopSec)" = 15min ] || fail "TimeoutStopSec"
-directory=/var/lib/$(setting service StateDirectory)
+read -r images state < <(setting service StateDirectory)
+directory=/var/lib/$images
+state=/var/lib/$state
 socket=$(setting socket ListenStream)
 grep -q -F "$directory" "$manual" || fail "the man page does not name $directory"
+grep -q -F "$state" "$manual" || fail "the man page does not name $state"
 grep -q -F "$socket" "$manual" || fail "the man page does not name $socket"
 
 # activate USER: what systemd does. Opens the socket, waits for a client, and
 # becomes the service's command, as that user.
-mkdir "$work/run"
+mkdir "$work/run" "$work/state"
 report=/run/$(setting service RuntimeDirectory)
-places+=(-e "s|$socket|$work/service.sock|g" -e "s|$directory|$work/images|" -e "s|$report|$work/run|")
+places+=(-e "s|$socket|$work/service.sock|g" -e "s|$state|$work/state|" -e "s|$directory|$work/images|" -e "s|$report|$work/run|")
 activate ()
 {
     rm -f "$work/service.sock"
@@ -82,7 +85,7 @@ if [[ $FILTER == */* ]]; then
     places+=(-e "s|--filter=$FILTER|--filter=$work/nbdkit-qcowcache-filter.so|")
 fi
 
-chown "$user" "$work/run"
+chown "$user" "$work/run" "$work/state"
 
 # As the page says, but for the user, who is there, and for the systemd that runs
 # here: the units are put, and enabled, below a root of their own.
@@ -135,7 +138,10 @@ if small_filesystem "$work/images" 4M; then
     unmount "$work/images"
 fi
 
-# A client that is still there at the end and has not flushed.
+# A client that is still there at the end and has not flushed.  What the disk had no
+# room for is lost, and the operator has seen to it.
+grep -q '"disk.qcow2"' "$work/state/unclean" || fail "nobody is told of what was refused"
+sed -i '/"disk.qcow2"/d' "$work/state/unclean"
 truncate -s 0 "$work/images/disk.qcow2"
 truncate -s 64M "$work/images/disk.qcow2"
 write_header "$work/images/disk.qcow2" 16

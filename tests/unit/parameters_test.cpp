@@ -267,17 +267,25 @@ TEST_CASE("a line stays one line, whatever the value", "[parameters]") {
   }
 }
 
-TEST_CASE("qcowcache-stats takes the absolute path of a file that can be written", "[parameters]") {
+TEST_CASE(
+    "qcowcache-stats and qcowcache-unclean take the absolute path of a file that can be written",
+    "[parameters]") {
   Parameters parameters;
   CHECK(parameters.stats_file().empty());
+  CHECK(parameters.unclean_file().empty());
   const std::string file = (std::filesystem::temp_directory_path() / "qcowcache.json").string();
   CHECK(parameters.set("qcowcache-stats", file));
   CHECK(parameters.stats_file() == file);
-  for (const char* wrong : {"", "s.json", "./s.json", "/no/such/directory/s.json", "/dev/null"}) {
-    const std::string line = complaint("qcowcache-stats", wrong);
-    INFO(line);
-    CHECK(has(line, "qcowcache-stats=" + std::string(wrong) + ": must be "));
-    CHECK_FALSE(has(line, "\n"));
+  CHECK(parameters.unclean_file().empty());
+  CHECK(parameters.set("qcowcache-unclean", file));
+  CHECK(parameters.unclean_file() == file);
+  for (const std::string key : {"qcowcache-stats", "qcowcache-unclean"}) {
+    for (const char* wrong : {"", "s.json", "./s.json", "/no/such/directory/s.json", "/dev/null"}) {
+      const std::string line = complaint(key, wrong);
+      INFO(line);
+      CHECK(has(line, key + "=" + std::string(wrong) + ": must be "));
+      CHECK_FALSE(has(line, "\n"));
+    }
   }
 }
 

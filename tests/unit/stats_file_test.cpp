@@ -1,47 +1,18 @@
 #include "stats_file.hpp"
 
 #include "catch.hpp"
+#include "scratch_directory.hpp"
 
 #include <atomic>
 #include <chrono>
 #include <filesystem>
 #include <fstream>
-#include <iterator>
 #include <string>
 #include <thread>
 #include <unistd.h>
 
 using qcowcache::Snapshot;
 using qcowcache::StatsFile;
-
-namespace {
-
-/// A directory of the test's own, gone when it ends.
-class ScratchDirectory {
-public:
-  ScratchDirectory()
-      : path_(std::filesystem::temp_directory_path() /
-              ("qcowcache-stats." + std::to_string(getpid()))) {
-    std::filesystem::create_directory(path_);
-  }
-  ScratchDirectory(const ScratchDirectory&) = delete;
-  ScratchDirectory& operator=(const ScratchDirectory&) = delete;
-  ~ScratchDirectory() { std::filesystem::remove_all(path_); }
-
-  [[nodiscard]] std::string file(const std::string& name) const { return (path_ / name).string(); }
-  [[nodiscard]] std::string content(const std::string& name) const {
-    std::ifstream stream(path_ / name);
-    return {std::istreambuf_iterator<char>(stream), {}};
-  }
-  [[nodiscard]] std::ptrdiff_t files() const {
-    return std::distance(std::filesystem::directory_iterator(path_), {});
-  }
-
-private:
-  std::filesystem::path path_;
-};
-
-} // namespace
 
 TEST_CASE("the file's name says in which form statistics are reported", "[stats_file]") {
   const ScratchDirectory scratch;
@@ -113,21 +84,4 @@ TEST_CASE("what an earlier process left half written is no hindrance", "[stats_f
   file.stop();
   CHECK(scratch.content("s").substr(0, 6) == "nbdkit");
   CHECK(scratch.files() == 1);
-}
-
-TEST_CASE("where no report can be written is known before", "[stats_file]") {
-  const ScratchDirectory scratch;
-  CHECK(StatsFile::fault(scratch.file("new")).empty());
-  std::ofstream(scratch.file("old")) << "old";
-  CHECK(StatsFile::fault(scratch.file("old")).empty());
-  CHECK(StatsFile::fault("") == "the absolute path of a file");
-  CHECK(StatsFile::fault("relative") == "the absolute path of a file");
-  CHECK(StatsFile::fault(scratch.file("")) == "the absolute path of a file");
-  CHECK(StatsFile::fault(scratch.file("gone/s")) ==
-        "in a directory that can be written to (No such file or directory)");
-  CHECK(StatsFile::fault(scratch.file("old/s")) ==
-        "in a directory that can be written to (Not a directory)");
-  CHECK(StatsFile::fault("/dev/null").substr(0, 14) == "a regular file");
-  std::filesystem::create_directory(scratch.file("directory"));
-  CHECK(StatsFile::fault(scratch.file("directory")).substr(0, 14) == "a regular file");
 }

@@ -613,6 +613,75 @@ TEST_CASE("a failing flush of storage is reported", "[write_cache]") {
   CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == EIO);
 }
 
+TEST_CASE("that something is held is written down first, and crossed out when nothing is",
+          "[write_cache]") {
+  std::string notes;
+  bool writable = true;
+  WriteCache::Settings settings;
+  settings.hold = [&] {
+    notes += writable ? "hold " : "no ";
+    return writable;
+  };
+  settings.release = [&] { notes += "release "; };
+  Bench bench(MemoryStorage::everything(disk_size), plenty, std::move(settings));
+  bench.with_header(); // goes through: nothing is held without a header
+  const auto noted = [&] { return std::exchange(notes, {}); };
+  CHECK(noted().empty());
+
+  bench.write(2 * unit, pattern(100, 1));
+  bench.write(3 * unit, pattern(100, 1));
+  CHECK(noted() == "hold ");
+  SECTION("a flush that leaves nothing") {
+    bench.cache->flush(bench.storage);
+    CHECK(noted() == "release ");
+    bench.cache->flush(bench.storage);
+    CHECK(noted().empty());
+    bench.write(2 * unit, pattern(100, 1));
+    CHECK(noted() == "hold ");
+  }
+  SECTION("a flush during which more is held") {
+    bench.storage.before = [&](const MemoryStorage::Call& call) {
+      if (call.kind == Kind::flush)
+        bench.write(5 * unit, pattern(100, 1));
+    };
+    bench.cache->flush(bench.storage);
+    bench.cache->write_next(bench.storage);
+    CHECK(noted().empty());
+  }
+  SECTION("storage that refuses, units or a flush") {
+    {
+      const Refusal refusal(bench.storage, GENERATE(Kind::write, Kind::flush), EIO);
+      CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == EIO);
+      CHECK(bench.cache->drain(bench.storage) == std::error_code(EIO, std::generic_category()));
+      CHECK(noted().empty());
+    }
+    CHECK_FALSE(bench.cache->drain(bench.storage));
+    CHECK(noted() == "release ");
+  }
+  SECTION("the end of a connection, for which storage is flushed") {
+    bench.storage.forget_calls();
+    CHECK_FALSE(bench.cache->drain(bench.storage));
+    CHECK(bench.storage.calls(Kind::flush).size() == 1);
+    CHECK(noted() == "release ");
+    CHECK_FALSE(bench.cache->drain(bench.storage));
+    CHECK(bench.storage.calls(Kind::flush).size() == 1);
+  }
+  SECTION("what is given up") {
+    bench.cache->abandon();
+    bench.cache->abandon();
+    CHECK(noted() == "release ");
+  }
+  SECTION("what cannot be written down goes through") {
+    bench.cache->flush(bench.storage);
+    writable = false;
+    noted();
+    bench.write(7 * unit, pattern(100, 2));
+    CHECK(noted() == "no ");
+    CHECK(bench.on_disk(7 * unit, 100) == pattern(100, 2));
+    CHECK(bench.cache->clean());
+  }
+}
+
 TEST_CASE("what storage did before it failed is seen", "[write_cache]") {
   Bench bench;
   bench.with_header();

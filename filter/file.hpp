@@ -1,0 +1,25 @@
+#pragma once
+
+#include <cstdio>
+#include <memory>
+#include <string>
+
+namespace qcowcache {
+
+struct CloseFile {
+  void operator()(std::FILE* file) const noexcept { static_cast<void>(std::fclose(file)); }
+};
+
+/// An open file, closed by its owner. Who wants to know whether all was written closes it himself.
+using File = std::unique_ptr<std::FILE, CloseFile>;
+
+/// Makes a file that was not there, so that nobody else's is written to, for reading and writing.
+/// For names that carry the number of this process: what an earlier one of the same number left
+/// behind is removed. Throws std::system_error.
+[[nodiscard]] File create_file(const std::string& path);
+
+/// Whether this process can put a file at `path`, or another one into its place, as far as that
+/// can be told before: what is wrong with it (as in "must be ..."), or nothing.
+[[nodiscard]] std::string file_fault(const std::string& path);
+
+} // namespace qcowcache

@@ -1,0 +1,21 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+namespace qcowcache::qcow2 {
+
+/// The bytes at the start of the file by which an image is known.
+inline constexpr std::size_t magic_bytes = 4;
+
+/// Whether a write of `data` at `offset` begins a new image, or makes an end of the one that was
+/// there: zeros or anything else than qcow2's magic number; the header of an image that has no L1
+/// table yet, as QEMU creates one; a header together with other than just its cluster, as whoever
+/// copies an image writes it.
+///
+/// What QEMU writes to the header of an image in use is none of these: single fields, or the first
+/// cluster (`qcow2_update_header`). Pure; never fails on any input.
+[[nodiscard]] bool begins_image(std::uint64_t offset, std::span<const std::byte> data) noexcept;
+
+} // namespace qcowcache::qcow2

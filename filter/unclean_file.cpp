@@ -1,0 +1,332 @@
+#include "unclean_file.hpp"
+
+#include "statistics.hpp"
+
+#include <algorithm>
+#include <cstdio>
+#include <fcntl.h>
+#include <filesystem>
+#include <new>
+#include <span>
+#include <sys/file.h>
+#include <unistd.h>
+
+namespace qcowcache {
+
+namespace {
+
+/// Lines have lengths that are multiples of this, so that most have the same.
+constexpr std::size_t line_step = 64;
+/// So much no list of names takes: it is another file.
+constexpr std::size_t most_text = std::size_t{16} * 1024 * 1024;
+
+[[noreturn]] void fail() {
+  throw std::system_error(errno, std::generic_category());
+}
+
+void must(int result) {
+  if (result != 0)
+    fail();
+}
+
+void write_at(std::FILE* file, std::uint64_t offset, std::string_view text) {
+  while (!text.empty()) {
+    const ssize_t written =
+        pwrite(fileno(file), text.data(), text.size(), static_cast<off_t>(offset));
+    if (written < 0)
+      fail();
+    text.remove_prefix(static_cast<std::size_t>(written));
+    offset += static_cast<std::uint64_t>(written);
+  }
+}
+
+std::string line_of(std::string_view name) {
+  std::string line = "\"" + std::string(name) + "\"";
+  line.resize((line.size() / line_step + 1) * line_step - 1, ' ');
+  return line + "\n";
+}
+
+/// So that there is one owner only.
+void lock_file(std::FILE* file) {
+  if (flock(fileno(file), LOCK_EX | LOCK_NB) == 0)
+    return;
+  if (errno == EWOULDBLOCK)
+    throw std::system_error(EBUSY, std::generic_category(), "another server uses it");
+  fail();
+}
+
+/// What is there, or an empty file.
+File open_locked(const std::string& path) {
+  File file(std::fopen(path.c_str(), "a+e"));
+  if (!file)
+    fail();
+  lock_file(file.get());
+  return file;
+}
+
+struct stat status_of(std::FILE* file) {
+  struct stat status = {};
+  must(fstat(fileno(file), &status));
+  return status;
+}
+
+bool is_same(const struct stat& left, const struct stat& right) noexcept {
+  return left.st_dev == right.st_dev && left.st_ino == right.st_ino;
+}
+
+/// So that a file that was made there, or renamed, is still there after a crash.
+void store_directory(const std::string& path) {
+  const File directory(std::fopen(std::filesystem::path(path).parent_path().c_str(), "re"));
+  if (!directory)
+    fail();
+  must(fsync(fileno(directory.get())));
+}
+
+enum class Others { refused, ignored };
+
+/// The names in a file. Throws EINVAL for lines that are something else, unless they are ignored.
+std::vector<std::string> names_in(std::string_view text, Others others) {
+  // Some file systems have zeros after a power failure where a line was to be.
+  constexpr std::string_view blanks(" \t\r\0", 4);
+  std::vector<std::string> names;
+  while (!text.empty()) {
+    std::string_view line = text.substr(0, text.find('\n'));
+    text.remove_prefix(std::min(text.size(), line.size() + 1));
+    line.remove_prefix(std::min(line.size(), line.find_first_not_of(blanks)));
+    line.remove_suffix(line.size() - (line.find_last_not_of(blanks) + 1));
+    if (line.empty())
+      continue;
+    if (line.size() >= 2 && line.front() == '"' && line.back() == '"')
+      names.emplace_back(line.substr(1, line.size() - 2));
+    else if (others == Others::refused)
+      throw std::system_error(EINVAL, std::generic_category(),
+                              "it holds something else than names in quotes");
+  }
+  return names;
+}
+
+} // namespace
+
+void UncleanFile::open() {
+  const std::lock_guard lock(mutex_);
+  for (;;) {
+    file_ = open_locked(path_);
+    if (!S_ISREG(status_of(file_.get()).st_mode))
+      throw std::system_error(EINVAL, std::generic_category(), "it is no regular file");
+    struct stat now = {};
+    // Another may have put a new one into its place meanwhile.
+    if (stat(path_.c_str(), &now) == 0 && is_same(now, status_of(file_.get())))
+      break;
+  }
+  for (const std::string& name : names_in(read(), Others::refused))
+    entries_[name].lost = true;
+  lost_ = entries_.size();
+  rewrite();
+}
+
+std::string UncleanFile::read() const {
+  const auto size = static_cast<std::uint64_t>(status_of(file_.get()).st_size);
+  if (size > most_text)
+    throw std::system_error(EINVAL, std::generic_category(), "it is too large for a list of names");
+  std::string text(size, '\0');
+  const ssize_t length = pread(fileno(file_.get()), text.data(), text.size(), 0);
+  if (length < 0)
+    fail();
+  text.resize(static_cast<std::size_t>(length));
+  return text;
+}
+
+/// In a new file that takes the place of the old one: a crash leaves one or the other.
+void UncleanFile::rewrite() {
+  std::erase_if(entries_, [](const auto& each) { return !each.second.needed(); });
+  const std::string fresh = path_ + "." + std::to_string(getpid()) + ".new";
+  std::string text;
+  for (auto& [name, entry] : entries_) {
+    const std::string line = line_of(name);
+    entry.line = {text.size(), line.size()};
+    text += line;
+  }
+  File file = create_file(fresh);
+  lock_file(file.get());
+  write_at(file.get(), 0, text);
+  must(fsync(fileno(file.get())));
+  must(std::rename(fresh.c_str(), path_.c_str()));
+  file_ = std::move(file);
+  store_directory(path_);
+  end_ = text.size();
+  free_.clear();
+  remember();
+}
+
+void UncleanFile::remember() {
+  left_ = status_of(file_.get());
+}
+
+/// Whether the file is as it was left.
+bool UncleanFile::seen() const {
+  struct stat now = {};
+  return stat(path_.c_str(), &now) == 0 && is_same(now, left_) && now.st_size == left_.st_size &&
+         now.st_mtim.tv_sec == left_.st_mtim.tv_sec && now.st_mtim.tv_nsec == left_.st_mtim.tv_nsec;
+}
+
+/// What he has removed is not lost any more. What is held he finds again.
+void UncleanFile::follow_operator() {
+  if (seen())
+    return;
+  std::vector<std::string> names;
+  struct stat now = {};
+  if (stat(path_.c_str(), &now) == 0) {
+    if (!is_same(now, left_))
+      file_ = open_locked(path_);
+    names = names_in(read(), Others::ignored);
+  } else if (errno != ENOENT) {
+    fail();
+  }
+  for (auto& [name, entry] : entries_) {
+    if (entry.lost && std::ranges::find(names, name) == names.end())
+      found(entry);
+  }
+  rewrite();
+}
+
+void UncleanFile::write_down(std::string_view name, Entry& entry) {
+  const std::string line = line_of(name);
+  const auto reused = std::ranges::find(free_, line.size(), &Line::size);
+  entry.line = reused == free_.end() ? Line{end_, line.size()} : *reused;
+  try {
+    write_at(file_.get(), entry.line.offset, line);
+    must(fdatasync(fileno(file_.get())));
+  } catch (const std::system_error&) {
+    // Where a part of it stays it is no name, and will be written over.
+    static_cast<void>(ftruncate(fileno(file_.get()), static_cast<off_t>(end_)));
+    throw;
+  }
+  if (reused == free_.end())
+    end_ += line.size();
+  else
+    free_.erase(reused);
+  remember();
+}
+
+bool UncleanFile::hold(const std::string& export_name) noexcept {
+  try {
+    const std::string name = printable(export_name);
+    const std::lock_guard lock(mutex_);
+    try {
+      follow_operator();
+      const auto [entry, is_new] = entries_.try_emplace(name);
+      try {
+        if (is_new)
+          write_down(name, entry->second);
+      } catch (...) {
+        entries_.erase(entry);
+        throw;
+      }
+      ++entry->second.holders;
+      complained_ = false;
+      return true;
+    } catch (const std::system_error& error) {
+      if (!complained_)
+        complain_("qcowcache-unclean=" + printable(path_) + ": " + error.what() +
+                  ": nothing is cached for exports that it does not name");
+      complained_ = true;
+    }
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+  return false;
+}
+
+void UncleanFile::found(Entry& entry) noexcept {
+  entry.lost = false;
+  --lost_;
+}
+
+/// A crash may undo it: then the name is found again, and nothing worse.
+void UncleanFile::forget_unneeded(Entries::iterator entry) {
+  if (entry->second.needed())
+    return;
+  if (!seen()) {
+    follow_operator();
+    return;
+  }
+  const Line line = entry->second.line;
+  entries_.erase(entry);
+  if (entries_.empty()) {
+    must(ftruncate(fileno(file_.get()), 0));
+    free_.clear();
+    end_ = 0;
+  } else {
+    write_at(file_.get(), line.offset, std::string(line.size - 1, ' ') + "\n");
+    free_.push_back(line);
+  }
+  remember();
+}
+
+void UncleanFile::lose(const std::string& export_name) noexcept {
+  try {
+    const std::string name = printable(export_name);
+    const std::lock_guard lock(mutex_);
+    const auto entry = entries_.find(name);
+    if (entry != entries_.end() && !std::exchange(entry->second.lost, true)) {
+      entry->second.told = false;
+      ++lost_;
+    }
+  } catch (const std::bad_alloc&) {
+    return; // the operator has been told
+  }
+}
+
+void UncleanFile::release(const std::string& export_name) noexcept {
+  try {
+    const std::string name = printable(export_name);
+    const std::lock_guard lock(mutex_);
+    if (const auto entry = entries_.find(name); entry != entries_.end()) {
+      --entry->second.holders;
+      forget_unneeded(entry);
+    }
+  } catch (const std::exception&) {
+    // The name stays in the file.
+  }
+}
+
+void UncleanFile::begin_anew(const std::string& export_name) noexcept {
+  if (lost_ == 0)
+    return;
+  try {
+    const std::string name = printable(export_name);
+    const std::lock_guard lock(mutex_);
+    if (const auto entry = entries_.find(name); entry != entries_.end() && entry->second.lost) {
+      found(entry->second);
+      forget_unneeded(entry);
+    }
+  } catch (const std::exception&) {
+    // The same.
+  }
+}
+
+void UncleanFile::refuse_if_lost(const std::string& export_name) {
+  if (lost_ == 0)
+    return;
+  const std::string name = printable(export_name);
+  const std::lock_guard lock(mutex_);
+  const auto find_lost = [&] {
+    const auto entry = entries_.find(name);
+    return entry == entries_.end() || !entry->second.lost ? nullptr : &entry->second;
+  };
+  if (find_lost() == nullptr)
+    return;
+  follow_operator();
+  Entry* const lost = find_lost();
+  if (lost == nullptr)
+    return;
+  if (!std::exchange(lost->told, true))
+    complain_(
+        "export \"" + name +
+        "\": bytes that had been acknowledged were lost, most likely when an earlier server ended: "
+        "writes and flushes fail until an image is begun anew, or the name is removed from " +
+        printable(path_));
+  throw Lost();
+}
+
+} // namespace qcowcache
