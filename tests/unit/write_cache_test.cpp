@@ -1215,8 +1215,6 @@ namespace {
 /// A cache whose units all have gone out with one write each, and which holds as much as keeps
 /// writers busy.
 struct InVain {
-  static constexpr std::uint64_t held = 24;
-
   InVain() {
     WriteCache::Settings settings;
     settings.wake_writer = [](std::size_t /*waiting*/) {};
