@@ -68,6 +68,15 @@ h.pwrite(b'z' * 9000, 1018000)
 "
 # The end of a connection is as good, and so is that of the server.
 wait_until 10 test ! -s "$unclean" || fail "named when its client has gone: $(cat "$unclean")"
+# Also where all has been stored meanwhile, but not flushed.
+client "
+h.pwrite(b'w' * 65536, 3 << 20)
+disk = open('$work/disk', 'rb', buffering=0)
+while disk.seek(3 << 20) and disk.read(65536) != b'w' * 65536:
+    pass
+assert '\"disk\"' in open('$unclean').read()
+"
+wait_until 10 test ! -s "$unclean" || fail "named when its client has gone: $(cat "$unclean")"
 client "
 h.pwrite(b'z' * 9000, 1027000)
 import os, signal

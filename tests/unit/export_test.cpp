@@ -4,6 +4,7 @@
 #include "catch.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
+#include "scratch_directory.hpp"
 #include "watched_thread.hpp"
 
 #include <algorithm>
@@ -31,6 +32,7 @@ using qcowcache::MemoryBudget;
 using qcowcache::Snapshot;
 using qcowcache::Statistics;
 using qcowcache::Totals;
+using qcowcache::UncleanFile;
 using qcowcache::Unsaved;
 using qcowcache::WriteCache;
 
@@ -52,6 +54,7 @@ Capabilities unshared(std::uint64_t size = disk_size) {
 /// A server with nothing but exports, which caches without looking for a qcow2 header.
 class Server {
 public:
+  explicit Server(UncleanFile* unclean = nullptr) : unclean_(unclean) {}
   [[nodiscard]] Exports& exports() { return exports_; }
   [[nodiscard]] MemoryBudget& budget() { return budget_; }
   /// "name 100 bytes: 0-100" for each loss that was reported; they are then forgotten.
@@ -75,9 +78,11 @@ private:
                  " bytes: " + as_text::ranges(lost.ranges) + "\n";
     };
     settings.statistics = &statistics_;
+    settings.unclean = unclean_;
     return settings;
   }
 
+  UncleanFile* unclean_;
   Statistics statistics_;
   MemoryBudget budget_{std::size_t{16} * 1024 * 1024};
   std::string losses_;
@@ -418,6 +423,63 @@ TEST_CASE("what a connection with a cache of its own could not store is lost, an
   other.leave();
   CHECK(server.losses().empty());
   CHECK(server.budget().used() == 0);
+}
+
+TEST_CASE("what storage never took is found by who comes back for it, and by the next server",
+          "[export]") {
+  const ScratchDirectory scratch;
+  UncleanFile unclean(scratch.file("unclean"), [](const std::string& /*line*/) {});
+  unclean.open();
+  const auto refuses = [&] {
+    try {
+      unclean.refuse_if_lost("a");
+    } catch (const UncleanFile::Lost&) {
+      return true;
+    }
+    return false;
+  };
+  const auto named = [&] { return scratch.content("unclean").find("\"a\"") != std::string::npos; };
+  Server server(&unclean);
+  const bool shares = GENERATE(true, false);
+  const auto disk = new_disk();
+  {
+    Client unlucky(server, "a", shares ? shared() : unshared(), disk);
+    unlucky.write(100, "hello");
+    CHECK(named());
+    CHECK(unlucky.flush() == 0);
+    CHECK_FALSE(named());
+    unlucky.storage_refuses_writes();
+    unlucky.write(200, "world");
+  }
+  CHECK(named());
+  CHECK_FALSE(refuses() == shares); // what is left waits for the next connection, or is lost
+  server.exports().report_left();
+  CHECK(named());
+  if (shares) {
+    Client next(server, "a", shared(disk_size), disk);
+    CHECK(next.flush() == 0);
+    CHECK_FALSE(named());
+  }
+}
+
+TEST_CASE("what was left of a disk that is gone is no loss of the new one", "[export]") {
+  const ScratchDirectory scratch;
+  UncleanFile unclean(scratch.file("unclean"), [](const std::string& line) { FAIL(line); });
+  unclean.open();
+  Server server(&unclean);
+  {
+    Client unlucky(server, "a", shared(), new_disk());
+    unlucky.write(100, "hello");
+    CHECK(unlucky.flush() == 0);
+    unlucky.storage_refuses_writes();
+    unlucky.write(200, "world");
+  }
+  Client next(server, "a", shared(), new_disk());
+  next.write(300, "new");
+  CHECK(server.losses() == "a 5 bytes: 200-205\n");
+  CHECK(next.flush() == 0);
+  CHECK_NOTHROW(unclean.refuse_if_lost("a"));
+  CHECK(scratch.content("unclean").empty());
 }
 
 TEST_CASE("what is left at the end of the server is reported, export by export", "[export]") {
