@@ -170,7 +170,7 @@ def main():
     options = arguments()
     missing = [
         program
-        for program in ("nbdkit", "qemu-img", "qemu-nbd", "nbdcopy", "mke2fs", "tar", "gnuplot")
+        for program in ("fio", "nbdkit", "qemu-img", "qemu-nbd", "nbdcopy", "mke2fs", "tar", "gnuplot")
         if not shutil.which(program)
     ]
     if missing:

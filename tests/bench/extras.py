@@ -1,7 +1,8 @@
-"""Questions that are not about one conversion's time: latency, memory, several at once."""
+"""Questions that are not about one conversion's time: latency, memory, several at once, guests."""
 
 import contextlib
 
+import guests
 import requestlog
 from cells import Cell
 from conversions import client_of, fresh_disk, serving, target_size, transfer
@@ -19,6 +20,7 @@ def names():
         *(f"latency/{order}" for order in LATENCY),
         *(f"memory/{order}" for order in MEMORY),
         "at-once/file-dir",
+        *guests.names(),
     ]
 
 
@@ -27,6 +29,8 @@ def contenders(name):
         return ("filter", "none")
     if name.startswith("memory"):
         return (*(f"filter {size}M" for size in MEMORY_SIZES), "none")
+    if name.startswith("guest"):
+        return guests.contenders()
     return ("one server", "eight servers", "one server, none", "eight servers, none")
 
 
@@ -36,12 +40,16 @@ def unit(name):
         return "s (99th percentile of client writes)"
     if name.startswith("memory"):
         return "KiB (peak resident)"
+    if name.startswith("guest"):
+        return "requests/s (by memory/writers)"
     return f"s ({AT_ONCE} conversions)"
 
 
 def ask(settings, sources, name, contender):
     """One answer, a number."""
     kind, _, order = name.partition("/")
+    if kind == "guest":
+        return guests.ask(settings, name, contender)
     if kind == "latency":
         return _latency(settings, sources, LATENCY[order], contender)
     if kind == "memory":

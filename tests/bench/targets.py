@@ -6,6 +6,7 @@ A figure is missed when the whole 95 % interval lies beyond it, and open when on
 import operator
 from typing import NamedTuple
 
+import guests
 from cells import CHECKS, Cell
 from extras import MEMORY_SIZES
 from intervals import Interval, interval_of, ratios
@@ -72,6 +73,13 @@ def _all(results):
         if question.startswith("latency"):
             found = _interval(results.answers_of(question, "filter"))
             yield Verdict(f"{question}: 99th percentile, s", found, "<=", 0.001)
+    for question in guests.names():
+        without = results.answers_of(question, "none")
+        for contender in guests.contenders()[1:]:
+            answers = results.answers_of(question, contender)
+            rates = ratios(answers[: len(without)], without[: len(answers)])
+            what = f"{question}: rate, filter ({contender} writers) / none"
+            yield Verdict(what, _interval(rates), ">=", 0.95)
     rate = ratios(
         results.answers_of("at-once/file-dir", "eight servers"),
         results.answers_of("at-once/file-dir", "one server"),
