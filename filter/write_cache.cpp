@@ -130,6 +130,7 @@ bool WriteCache::join_queue(const Lock& lock, Unit& unit, Unit::Reason reason) n
   unit.reason = reason;
   if (no_room_ && !unit.was_refused) {
     unit.was_refused = true; // what storage said of others
+    no_trust_ = true;
     if (!refused_at_)
       refused_at_ = Unit::Clock::now();
     place(lock, unit);
@@ -251,6 +252,12 @@ void WriteCache::settle(const Lock& lock, Unit& unit) {
     place(lock, unit);
   if (refused_.empty())
     no_room_ = false;
+  trust_again(lock);
+}
+
+/// If storage has all that it refused.
+void WriteCache::trust_again(const Lock& /*lock*/) noexcept {
+  no_trust_ = no_trust_ && (!refused_.empty() || std::ranges::any_of(busy_, &Unit::was_refused));
 }
 
 void WriteCache::leave_queue(const Lock& /*lock*/, Unit& unit, Unit::Turn turn) noexcept {
@@ -723,6 +730,9 @@ WriteCache::Taken WriteCache::absorb(WriteLine::Place place, const Storage& writ
     copy_cached(lock, offset, refreshed, gaps);
   }
 
+  // What completes the blocks of a write was on storage already.
+  if (no_trust_ && refreshed.empty())
+    return {Absorbed::no_trust};
   if (!recorded_ && settings_.hold)
     return {Absorbed::unrecorded};
 
@@ -863,6 +873,7 @@ void WriteCache::take(Storage& storage, std::uint64_t offset, std::span<const st
       wait_turn(place, piece);
       break;
     case Absorbed::no_gain:
+    case Absorbed::no_trust:
       goes_through = true;
       break;
     case Absorbed::unrecorded:

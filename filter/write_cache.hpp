@@ -53,6 +53,8 @@ enum class Absorbed {
   /// There would be memory, but storage has enough to do, and lately it was not spared any request
   /// by what was held: let the write go through.
   no_gain,
+  /// Storage has refused something that was held: nothing more is taken on trust until it has that.
+  no_trust,
   /// Nobody has written down yet that something is held here: that first.
   unrecorded,
 };
@@ -200,8 +202,9 @@ public:
 
   // ---- The pieces that these are made of.
 
-  /// Copies a write into its units, all of it or nothing. Never calls storage, never waits.
-  /// A unit that becomes full is queued. `writer` is remembered as the one who wrote to the units.
+  /// Copies a write into its units, all of it or nothing. Once storage has refused a unit nothing
+  /// is taken any more until it has all that it refused. Never calls storage, never waits. A unit
+  /// that becomes full is queued. `writer` is remembered as the one who wrote to the units.
   /// `request`, if any, is a client's write that begins with this one: it is counted.
   /// `refreshed`, if not empty, is the buffer of `data`: bytes that are in memory are copied there
   /// first, so that only the others change.
@@ -396,6 +399,7 @@ private:
   bool make_room(Storage& storage, InLine& place);
   bool write_oldest(Storage& storage);
   void refuse(const Lock& lock, Unit& unit) noexcept;
+  void trust_again(const Lock& lock) noexcept;
   void note_progress(const Lock&) noexcept;
   void give_up(const Lock& lock, std::uint64_t begin) noexcept;
   void give_up_queue(const Lock& lock) noexcept;
@@ -472,6 +476,8 @@ private:
   std::error_code last_refusal_;
   /// Storage has said that it has no room: it is not asked for one unit after the other.
   bool no_room_ = false;
+  /// Storage has refused something that is held: what clients write goes through.
+  bool no_trust_ = false;
   /// Who was admitted, and has not left.
   std::vector<Storage*> users_;
   Witnesses witnesses_;

@@ -122,6 +122,7 @@ bool WriteCache::wrote(const Lock& /*lock*/, const Storage& storage, const Unit&
 /// Storage will not take the unit now: it stays, and goes behind all others.
 void WriteCache::refuse(const Lock& lock, Unit& unit) noexcept {
   unit.refused();
+  no_trust_ = true;
   unit.touched = Unit::Clock::now();
   refused_at_ = unit.touched;
   unit.completed_before = units_completed_;
@@ -473,6 +474,7 @@ void WriteCache::finish(const Job& job, bool stored, const std::error_code& refu
       queue_one_refused(lock);
   }
   --jobs_;
+  trust_again(lock);
   budget_.write_ended(account_, stored);
   keep_writers_busy(lock);
   note_progress(lock);

@@ -50,27 +50,20 @@ for _ in range(3):
     assert client.pread(1000, (1 << 20) + 17) == b"part" * 250
 assert stored((1 << 20) + 17, 1000) == bytes(1000)
 
-print("another connection reads it, adds to it, and gets the same answer")
+print("another connection reads it, and gets the same answer when it adds to it")
 other = connect()
 assert other.pread(1000, (1 << 20) + 17) == b"part" * 250
-other.pwrite(b"more", (1 << 20) + 1017)
+refused(lambda: other.pwrite(b"more", (1 << 20) + 1017))
 refused(other.flush)
 other.shutdown()
 
 print("FUA gets storage's answer")
 refused(lambda: client.pwrite(b"fua" * 100, 3 << 20, nbd.CMD_FLAG_FUA))
 
-print("whole units, refused or kept, but not half of each")
-kept = []
+print("so does all that comes after a refusal, whole units too, and nothing of it is there")
 for i in range(8):
-    position = (4 << 20) + i * 65536
-    try:
-        client.pwrite(bytes([i + 1]) * 65536, position)
-        kept.append(i)
-    except nbd.Error as error:
-        assert error.errnum == errno.ENOSPC, error.errno
-for i in kept:
-    assert client.pread(65536, (4 << 20) + i * 65536) == bytes([i + 1]) * 65536
+    refused(lambda: client.pwrite(bytes([i + 1]) * 65536, (4 << 20) + i * 65536))
+assert client.pread(8 * 65536, 4 << 20) == bytes(8 * 65536)
 
 print("reads of what is not cached go on")
 assert client.pread(4, 0) == b"QFI\xfb"
@@ -79,17 +72,13 @@ assert client.pread(4096, 8 << 20) == bytes(4096)
 print("the client leaves, and a later one finds everything")
 client.shutdown()
 client = connect()
-assert client.pread(1004, (1 << 20) + 17) == b"part" * 250 + b"more"
-for i in kept:
-    assert client.pread(65536, (4 << 20) + i * 65536) == bytes([i + 1]) * 65536
+assert client.pread(1004, (1 << 20) + 17) == b"part" * 250 + bytes(4)
 refused(client.flush)
 
 print("there is room again")
 os.unlink(full)
 client.flush()
-assert stored((1 << 20) + 17, 1004) == b"part" * 250 + b"more"
-for i in kept:
-    assert stored((4 << 20) + i * 65536, 65536) == bytes([i + 1]) * 65536
+assert stored((1 << 20) + 17, 1004) == b"part" * 250 + bytes(4)
 client.pwrite(b"fine", 5 << 20)
 client.flush()
 assert stored(5 << 20, 4) == b"fine"
