@@ -16,17 +16,9 @@ class Savings {
 public:
   /// What was held, and would have cost storage `without` requests had each write gone through, has
   /// cost it `with`.
-  void wrote(std::uint64_t without, std::uint64_t with) noexcept {
-    // The last dozen or so count.
-    constexpr double remembered = 15.0 / 16.0;
-    without_ = without_ * remembered + static_cast<double>(without);
-    with_ = with_ * remembered + static_cast<double>(with);
-  }
+  void wrote(std::uint64_t without, std::uint64_t with) noexcept;
   /// As long as nothing is known it does.
-  [[nodiscard]] bool pays() const noexcept {
-    constexpr double worthwhile = 1.5;
-    return without_ >= worthwhile * with_;
-  }
+  [[nodiscard]] bool pays() const noexcept;
 
 private:
   double without_ = 0;

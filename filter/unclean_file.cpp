@@ -169,6 +169,10 @@ bool UncleanFile::seen() const {
          now.st_mtim.tv_sec == left_.st_mtim.tv_sec && now.st_mtim.tv_nsec == left_.st_mtim.tv_nsec;
 }
 
+bool UncleanFile::Entry::needed() const noexcept {
+  return lost || holders > 0;
+}
+
 /// What he has removed is not lost any more. What is held he finds again.
 void UncleanFile::follow_operator() {
   if (seen())

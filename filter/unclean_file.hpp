@@ -74,7 +74,7 @@ private:
     bool told = false;
     Line line;
 
-    [[nodiscard]] bool needed() const noexcept { return lost || holders > 0; }
+    [[nodiscard]] bool needed() const noexcept;
   };
   using Entries = std::map<std::string, Entry>;
 
