@@ -30,7 +30,8 @@ WriteCache::WriteCache(Settings settings, const Capabilities& capabilities, Rang
                        MemoryBudget& budget)
     : settings_(std::move(settings)),
       preferred_(std::min<std::uint64_t>(capabilities.preferred, settings_.max_write)),
-      ranges_(ranges), budget_(budget), account_(budget), size_(capabilities.size),
+      alignment_(capabilities.write_alignment()), ranges_(ranges), budget_(budget),
+      account_(budget), size_(capabilities.size),
       unit_size_(unit_size_for(settings_.cluster_size.value_or(0), preferred_)),
       wanted_unit_size_(unit_size_), has_layout_(settings_.cluster_size.has_value()) {
   if (settings_.cluster_size)
@@ -738,7 +739,7 @@ WriteCache::Taken WriteCache::absorb(WriteLine::Place place, const Storage& writ
 
   // First everything that can fail, so that a write is taken whole or not at all.
   const ByteRange range{offset, offset + data.size()};
-  if (line_.is_behind(place, range))
+  if (!line_.empty() && line_.is_behind(place, range))
     return {Absorbed::behind_others};
   for (ByteRange rest = range; !rest.empty();) {
     const std::uint64_t begin = align_down(rest.begin, unit_size_);
@@ -768,7 +769,7 @@ WriteCache::Taken WriteCache::absorb(WriteLine::Place place, const Storage& writ
   bool completed = false;
   const std::size_t unclean = unclean_units_;
   // A write with ragged ends has storage read what completes its blocks.
-  const bool ragged = align_outward(range, writer.capabilities().write_alignment()) != range;
+  const bool ragged = ((range.begin | range.end) & (alignment_ - 1)) != 0;
   last_held_ = ++moment_;
   for_each_unit(lock, range, [&](Unit& unit) {
     const ByteRange part = range.intersection(unit.range());

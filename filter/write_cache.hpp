@@ -430,6 +430,8 @@ private:
 
   const Settings settings_;
   const std::uint64_t preferred_;
+  /// Of the first connection's storage.
+  const std::uint64_t alignment_;
   RangeLock& ranges_;
   MemoryBudget& budget_;
   MemoryBudget::Account account_;

@@ -29,6 +29,7 @@ public:
 
   /// Where somebody stands who is not in the line yet.
   [[nodiscard]] Place behind_all() noexcept { return line_.end(); }
+  [[nodiscard]] bool empty() const noexcept { return line_.empty(); }
   /// Whether somebody who came before asks for bytes of `range`.
   [[nodiscard]] bool is_behind(Place place, const ByteRange& range) noexcept;
   /// Whether nobody who came before waits for memory.
