@@ -131,10 +131,11 @@ small_filesystem ()
     cleanup_fn unmount "$1"
 }
 
-# unmount DIRECTORY: what is mounted there and below, if anything
+# unmount DIRECTORY: what is mounted there and below, if anything, as soon as the
+# servers that have been told to end have done so
 unmount ()
 {
-    ! mountpoint -q "$1" || umount --recursive "$1"
+    ! mountpoint -q "$1" || wait_until 20 umount --recursive "$1"
 }
 
 # wait_until SECONDS COMMAND...: true as soon as COMMAND is, false if it is not
