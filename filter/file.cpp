@@ -7,6 +7,15 @@
 
 namespace qcowcache {
 
+void throw_errno() {
+  throw std::system_error(errno, std::generic_category());
+}
+
+std::string fresh_name(const std::string& path) {
+  // Not a name that collectors of *.prom look at.
+  return path + "." + std::to_string(getpid()) + ".new";
+}
+
 File create_file(const std::string& path) {
   File file(std::fopen(path.c_str(), "w+xe"));
   if (!file && errno == EEXIST) {
@@ -15,7 +24,7 @@ File create_file(const std::string& path) {
     file.reset(std::fopen(path.c_str(), "w+xe"));
   }
   if (!file)
-    throw std::system_error(errno, std::generic_category());
+    throw_errno();
   return file;
 }
 

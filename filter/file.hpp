@@ -13,9 +13,15 @@ struct CloseFile {
 /// An open file, closed by its owner. Who wants to know whether all was written closes it himself.
 using File = std::unique_ptr<std::FILE, CloseFile>;
 
+/// Throws std::system_error for `errno`.
+[[noreturn]] void throw_errno();
+
+/// A name beside `path`, with the number of this process, for what is to take its place.
+[[nodiscard]] std::string fresh_name(const std::string& path);
+
 /// Makes a file that was not there, so that nobody else's is written to, for reading and writing.
-/// For names that carry the number of this process: what an earlier one of the same number left
-/// behind is removed. Throws std::system_error.
+/// For fresh names: what an earlier process of the same number left behind is removed. Throws
+/// std::system_error.
 [[nodiscard]] File create_file(const std::string& path);
 
 /// Whether this process can put a file at `path`, or another one into its place, as far as that

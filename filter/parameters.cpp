@@ -56,6 +56,13 @@ std::optional<std::chrono::seconds> seconds_or_never(std::string_view key, std::
   return *seconds > 0 ? std::optional(std::chrono::seconds(*seconds)) : std::nullopt;
 }
 
+std::string replaceable_file(std::string_view key, std::string_view value) {
+  std::string path(value);
+  if (const std::string fault = file_fault(path); !fault.empty())
+    refuse(key, value, fault);
+  return path;
+}
+
 } // namespace
 
 std::optional<std::uint64_t> parse_size(std::string_view text) noexcept {
@@ -171,17 +178,11 @@ bool Parameters::set(std::string_view key, std::string_view value) {
     return true;
   }
   if (key == "qcowcache-stats") {
-    const std::string fault = file_fault(std::string(value));
-    if (!fault.empty())
-      refuse(key, value, fault);
-    stats_file_ = value;
+    stats_file_ = replaceable_file(key, value);
     return true;
   }
   if (key == "qcowcache-unclean") {
-    const std::string fault = file_fault(std::string(value));
-    if (!fault.empty())
-      refuse(key, value, fault);
-    unclean_file_ = value;
+    unclean_file_ = replaceable_file(key, value);
     return true;
   }
   if (key == "qcowcache-stats-interval") {

@@ -394,14 +394,18 @@ int filter_can_zero(nbdkit_next* /*next*/, void* handle) {
   return connection_of(handle).capabilities().can_zero ? NBDKIT_ZERO_NATIVE : NBDKIT_ZERO_EMULATE;
 }
 
-/// An export that has lost bytes takes no more, but for what may begin a new image.
-void refuse_if_lost(const Connection& connection, std::uint64_t offset) {
-  if (UncleanFile* const unclean = server->unclean();
-      unclean != nullptr && offset >= qcow2::header_bytes)
+void refuse_if_lost(const Connection& connection) {
+  if (UncleanFile* const unclean = server->unclean(); unclean != nullptr)
     unclean->refuse_if_lost(connection.export_name());
 }
 
-void begins_image(const Connection& connection) {
+/// An export that has lost bytes takes no more, but for what may begin a new image.
+void refuse_if_lost(const Connection& connection, std::uint64_t offset) {
+  if (offset >= qcow2::header_bytes)
+    refuse_if_lost(connection);
+}
+
+void begin_anew(const Connection& connection) {
   if (UncleanFile* const unclean = server->unclean(); unclean != nullptr)
     unclean->begin_anew(connection.export_name());
 }
@@ -430,7 +434,7 @@ int filter_pwrite(nbdkit_next* /*next*/, void* handle, const void* buffer, std::
     in_use.cache.write(in_use.use.storage(), offset, data, (flags & NBDKIT_FLAG_FUA) != 0);
     change.wrote(data);
     if (qcow2::begins_image(offset, data))
-      begins_image(connection_of(handle));
+      begin_anew(connection_of(handle));
   });
 }
 
@@ -460,8 +464,7 @@ int filter_flush(nbdkit_next* /*next*/, void* handle, std::uint32_t /*flags*/, i
     Connection& connection = connection_of(handle);
     const Connection::InUse in_use = connection.in_use({});
     in_use.cache.flush(in_use.use.storage());
-    if (UncleanFile* const unclean = server->unclean(); unclean != nullptr)
-      unclean->refuse_if_lost(connection.export_name());
+    refuse_if_lost(connection);
     if (check(in_use, connection.export_name()) == Verifier::Outcome::damaged &&
         damage_fails_a_flush())
       throw std::system_error(EIO, std::generic_category(),
@@ -498,8 +501,8 @@ int filter_zero(nbdkit_next* /*next*/, void* handle, std::uint32_t count, std::u
     try {
       in_use.cache.zero(in_use.use.storage(), {offset, offset + count}, options);
       change.zeroed();
-      if (offset == 0 && count >= qcow2::magic_bytes)
-        begins_image(connection_of(handle));
+      if (offset == 0 && count >= sizeof qcow2::header_magic)
+        begin_anew(connection_of(handle));
     } catch (const std::system_error& error) {
       not_fast = options.fast && (error.code() == std::errc::not_supported ||
                                   error.code() == std::errc::operation_not_supported);

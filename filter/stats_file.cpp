@@ -2,26 +2,20 @@
 
 #include "file.hpp"
 
-#include <cerrno>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
 #include <system_error>
-#include <unistd.h>
 
 namespace qcowcache {
 
 namespace {
 
-[[noreturn]] void fail() {
-  throw std::system_error(errno, std::generic_category());
-}
-
 void fill(File file, const std::string& text) {
   if (std::fwrite(text.data(), 1, text.size(), file.get()) != text.size())
-    fail();
+    throw_errno();
   if (std::fclose(file.release()) != 0)
-    fail();
+    throw_errno();
 }
 
 } // namespace
@@ -42,8 +36,7 @@ std::string StatsFile::report() const {
 
 void StatsFile::write() noexcept {
   try {
-    // Not a name that collectors of *.prom look at.
-    const std::string fresh = path_ + "." + std::to_string(getpid()) + ".new";
+    const std::string fresh = fresh_name(path_);
     try {
       fill(create_file(fresh), report());
       std::filesystem::rename(fresh, path_);

@@ -20,13 +20,9 @@ constexpr std::size_t line_step = 64;
 /// So much no list of names takes: it is another file.
 constexpr std::size_t most_text = std::size_t{16} * 1024 * 1024;
 
-[[noreturn]] void fail() {
-  throw std::system_error(errno, std::generic_category());
-}
-
 void must(int result) {
   if (result != 0)
-    fail();
+    throw_errno();
 }
 
 void write_at(std::FILE* file, std::uint64_t offset, std::string_view text) {
@@ -34,7 +30,7 @@ void write_at(std::FILE* file, std::uint64_t offset, std::string_view text) {
     const ssize_t written =
         pwrite(fileno(file), text.data(), text.size(), static_cast<off_t>(offset));
     if (written < 0)
-      fail();
+      throw_errno();
     text.remove_prefix(static_cast<std::size_t>(written));
     offset += static_cast<std::uint64_t>(written);
   }
@@ -52,14 +48,14 @@ void lock_file(std::FILE* file) {
     return;
   if (errno == EWOULDBLOCK)
     throw std::system_error(EBUSY, std::generic_category(), "another server uses it");
-  fail();
+  throw_errno();
 }
 
 /// What is there, or an empty file.
 File open_locked(const std::string& path) {
   File file(std::fopen(path.c_str(), "a+e"));
   if (!file)
-    fail();
+    throw_errno();
   lock_file(file.get());
   return file;
 }
@@ -78,7 +74,7 @@ bool is_same(const struct stat& left, const struct stat& right) noexcept {
 void store_directory(const std::string& path) {
   const File directory(std::fopen(std::filesystem::path(path).parent_path().c_str(), "re"));
   if (!directory)
-    fail();
+    throw_errno();
   must(fsync(fileno(directory.get())));
 }
 
@@ -131,7 +127,7 @@ std::string UncleanFile::read() const {
   std::string text(size, '\0');
   const ssize_t length = pread(fileno(file_.get()), text.data(), text.size(), 0);
   if (length < 0)
-    fail();
+    throw_errno();
   text.resize(static_cast<std::size_t>(length));
   return text;
 }
@@ -139,7 +135,7 @@ std::string UncleanFile::read() const {
 /// In a new file that takes the place of the old one: a crash leaves one or the other.
 void UncleanFile::rewrite() {
   std::erase_if(entries_, [](const auto& each) { return !each.second.needed(); });
-  const std::string fresh = path_ + "." + std::to_string(getpid()) + ".new";
+  const std::string fresh = fresh_name(path_);
   std::string text;
   for (auto& [name, entry] : entries_) {
     const std::string line = line_of(name);
@@ -184,7 +180,7 @@ void UncleanFile::follow_operator() {
       file_ = open_locked(path_);
     names = names_in(read(), Others::ignored);
   } else if (errno != ENOENT) {
-    fail();
+    throw_errno();
   }
   for (auto& [name, entry] : entries_) {
     if (entry.lost && std::ranges::find(names, name) == names.end())
@@ -267,46 +263,41 @@ void UncleanFile::forget_unneeded(Entries::iterator entry) {
   remember();
 }
 
-void UncleanFile::lose(const std::string& export_name) noexcept {
-  try {
-    const std::string name = printable(export_name);
-    const std::lock_guard lock(mutex_);
-    const auto entry = entries_.find(name);
-    if (entry != entries_.end() && !std::exchange(entry->second.lost, true)) {
-      entry->second.told = false;
-      ++lost_;
-    }
-  } catch (const std::bad_alloc&) {
-    return; // the operator has been told
-  }
-}
-
-void UncleanFile::release(const std::string& export_name) noexcept {
+/// Changes what is known of a name, if anything is.
+template <typename Change>
+void UncleanFile::change(const std::string& export_name, Change change) noexcept {
   try {
     const std::string name = printable(export_name);
     const std::lock_guard lock(mutex_);
     if (const auto entry = entries_.find(name); entry != entries_.end()) {
-      --entry->second.holders;
+      change(entry->second);
       forget_unneeded(entry);
     }
   } catch (const std::exception&) {
-    // The name stays in the file.
+    // What the file says more than is true does no harm.
   }
+}
+
+void UncleanFile::lose(const std::string& export_name) noexcept {
+  change(export_name, [this](Entry& entry) {
+    if (std::exchange(entry.lost, true))
+      return;
+    entry.told = false;
+    ++lost_;
+  });
+}
+
+void UncleanFile::release(const std::string& export_name) noexcept {
+  change(export_name, [](Entry& entry) { --entry.holders; });
 }
 
 void UncleanFile::begin_anew(const std::string& export_name) noexcept {
   if (lost_ == 0)
     return;
-  try {
-    const std::string name = printable(export_name);
-    const std::lock_guard lock(mutex_);
-    if (const auto entry = entries_.find(name); entry != entries_.end() && entry->second.lost) {
-      found(entry->second);
-      forget_unneeded(entry);
-    }
-  } catch (const std::exception&) {
-    // The same.
-  }
+  change(export_name, [this](Entry& entry) {
+    if (entry.lost)
+      found(entry);
+  });
 }
 
 void UncleanFile::refuse_if_lost(const std::string& export_name) {

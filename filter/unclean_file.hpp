@@ -85,6 +85,8 @@ private:
   [[nodiscard]] std::string read() const;
   void write_down(std::string_view name, Entry& entry);
   void found(Entry& entry) noexcept;
+  template <typename Change>
+  void change(const std::string& export_name, Change change) noexcept;
   void forget_unneeded(Entries::iterator entry);
 
   const std::string path_;

@@ -6,7 +6,6 @@ namespace qcowcache::qcow2 {
 
 namespace {
 
-constexpr std::uint32_t magic = 0x514649fb; // "QFI\xfb"
 constexpr std::uint32_t luks = 2;
 constexpr std::size_t version_2_length = 72;
 constexpr std::size_t version_3_length = 104;
@@ -70,14 +69,14 @@ const char* compression_fault(std::span<const std::byte> bytes) noexcept {
 } // namespace
 
 const char* header_fault(std::span<const std::byte> bytes) noexcept {
-  if (bytes.size() < version_3_length || big_endian<std::uint32_t>(bytes, 0) != magic ||
+  if (bytes.size() < version_3_length || big_endian<std::uint32_t>(bytes, 0) != header_magic ||
       big_endian<std::uint32_t>(bytes, 4) != 3)
     return nullptr;
   return compression_fault(bytes);
 }
 
 std::optional<Header> parse_header(std::span<const std::byte> bytes) noexcept {
-  if (bytes.size() < version_2_length || big_endian<std::uint32_t>(bytes, 0) != magic)
+  if (bytes.size() < version_2_length || big_endian<std::uint32_t>(bytes, 0) != header_magic)
     return std::nullopt;
 
   Header header;

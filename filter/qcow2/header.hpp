@@ -7,6 +7,9 @@
 
 namespace qcowcache::qcow2 {
 
+/// What a qcow2 file begins with, big endian: "QFI\xfb".
+inline constexpr std::uint32_t header_magic = 0x514649fb;
+
 /// How many bytes from the start of the file `parse_header` looks at.
 inline constexpr std::size_t header_bytes = 112;
 

@@ -6,9 +6,6 @@
 
 namespace qcowcache::qcow2 {
 
-/// The bytes at the start of the file by which an image is known.
-inline constexpr std::size_t magic_bytes = 4;
-
 /// Whether a write of `data` at `offset` begins a new image, or makes an end of the one that was
 /// there: zeros or anything else than qcow2's magic number; the header of an image that has no L1
 /// table yet, as QEMU creates one; a header together with other than just its cluster, as whoever

@@ -2,6 +2,7 @@
 storage little or nothing, and must not make them slower than they are without the filter."""
 
 import json
+import os
 import subprocess
 
 from conversions import MIB, fresh_disk
@@ -39,12 +40,11 @@ def ask(settings, name, contender):
     exports = [str(number if pattern.startswith("four-exports") else 0) for number in range(len(jobs))]
     disks = settings.directory / "guests"
     disks.mkdir(exist_ok=True)
-    for export in set(exports):
-        fresh_disk(disks / export, DISK)
-        image = ["qemu-img", "create", "-q", "-f", "qcow2", disks / export, str(DISK // 2)]
-        run(list(map(str, image)), settings.directory / "create.err")
-        with open(disks / export, "r+b") as disk:
-            disk.truncate(DISK)
+    for path in {disks / export for export in exports}:
+        fresh_disk(path, DISK)
+        image = ["qemu-img", "create", "-q", "-f", "qcow2", path, str(DISK // 2)]
+        run(image, settings.directory / "create.err")
+        os.truncate(path, DISK)
     above = []
     parameters = ()
     if contender != "none":

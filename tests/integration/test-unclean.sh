@@ -71,9 +71,11 @@ wait_until 10 test ! -s "$unclean" || fail "named when its client has gone: $(ca
 # Also where all has been stored meanwhile, but not flushed.
 client "
 h.pwrite(b'w' * 65536, 3 << 20)
+import time
 disk = open('$work/disk', 'rb', buffering=0)
+give_up = time.monotonic() + 30
 while disk.seek(3 << 20) and disk.read(65536) != b'w' * 65536:
-    pass
+    assert time.monotonic() < give_up, 'nobody writes a whole unit'
 assert '\"disk\"' in open('$unclean').read()
 "
 wait_until 10 test ! -s "$unclean" || fail "named when its client has gone: $(cat "$unclean")"
