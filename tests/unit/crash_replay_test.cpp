@@ -236,11 +236,12 @@ void Client::request(Kind kind, const ByteRange& range, bool fua) {
 }
 
 void Client::send(Change change) {
-  const Connection::InUse in_use =
-      connection_->in_use(change.kind == Kind::flush ? Image::Request{} : Image::Request{true});
-  Storage& storage = in_use.use.storage();
   const Change sent = change;
   const std::size_t number = journal_.begin(Side::client, std::move(change));
+  // What others are acknowledged from here on a flush need not cover.
+  const Connection::InUse in_use =
+      connection_->in_use(sent.kind == Kind::flush ? Image::Request{} : Image::Request{true});
+  Storage& storage = in_use.use.storage();
   switch (sent.kind) {
   case Kind::write:
     in_use.cache.write(storage, sent.range.begin, sent.data, sent.fua);
