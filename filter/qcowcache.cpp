@@ -102,8 +102,7 @@ public:
       : budget_(parameters.size()),
         writers_(thread_model == NBDKIT_THREAD_MODEL_PARALLEL ? parameters.writers() : 0),
         unclean_(make_unclean_file(parameters)), verifies_(parameters.verify() != Verify::off),
-        writeback_([this] { follow_size(); }),
-        exports_(image_settings(parameters, thread_model), budget_),
+        writeback_([this] { tick(); }), exports_(image_settings(parameters, thread_model), budget_),
         stats_interval_(parameters.stats_interval()) {
     if (!parameters.size_file().empty()) {
       size_file_.emplace(parameters.size_file(), complain);
@@ -138,6 +137,12 @@ public:
     exports_.report_left();
     if (stats_file_)
       stats_file_->stop();
+  }
+
+  void tick() {
+    follow_size();
+    if (unclean_)
+      unclean_->follow();
   }
 
   /// Takes over a new size from qcowcache-size-file.

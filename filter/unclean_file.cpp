@@ -17,8 +17,11 @@ namespace {
 
 /// Lines have lengths that are multiples of this, so that most have the same.
 constexpr std::size_t line_step = 64;
-/// So much no list of names takes: it is another file.
-constexpr std::size_t most_text = std::size_t{16} * 1024 * 1024;
+/// Nobody can fill memory, or the file, by losing bytes of ever more names.
+constexpr std::size_t most_names = 1000;
+/// So much no list of names takes, each of which has 4096 bytes at most, as NBD has it, and up to
+/// four characters for each of these: it is another file.
+constexpr std::size_t most_text = std::size_t{32} * 1024 * 1024;
 
 void must(int result) {
   if (result != 0)
@@ -70,6 +73,12 @@ bool is_same(const struct stat& left, const struct stat& right) noexcept {
   return left.st_dev == right.st_dev && left.st_ino == right.st_ino;
 }
 
+/// Whether that is the file at `path`.
+bool is_at(const std::string& path, std::FILE* file) {
+  struct stat now = {};
+  return stat(path.c_str(), &now) == 0 && is_same(now, status_of(file));
+}
+
 /// So that a file that was made there, or renamed, is still there after a crash.
 void store_directory(const std::string& path) {
   const File directory(std::fopen(std::filesystem::path(path).parent_path().c_str(), "re"));
@@ -80,7 +89,8 @@ void store_directory(const std::string& path) {
 
 enum class Others { refused, ignored };
 
-/// The names in a file. Throws EINVAL for lines that are something else, unless they are ignored.
+/// The names in a file. Throws EINVAL for lines that are something else, unless they are ignored; a
+/// name that was being written down in a crash is always.
 std::vector<std::string> names_in(std::string_view text, Others others) {
   // Some file systems have zeros after a power failure where a line was to be.
   constexpr std::string_view blanks(" \t\r\0", 4);
@@ -92,9 +102,10 @@ std::vector<std::string> names_in(std::string_view text, Others others) {
     line.remove_suffix(line.size() - (line.find_last_not_of(blanks) + 1));
     if (line.empty())
       continue;
-    if (line.size() >= 2 && line.front() == '"' && line.back() == '"')
+    const bool quoted = line.front() == '"';
+    if (quoted && line.size() >= 2 && line.back() == '"')
       names.emplace_back(line.substr(1, line.size() - 2));
-    else if (others == Others::refused)
+    else if (!quoted && others == Others::refused)
       throw std::system_error(EINVAL, std::generic_category(),
                               "it holds something else than names in quotes");
   }
@@ -109,9 +120,8 @@ void UncleanFile::open() {
     file_ = open_locked(path_);
     if (!S_ISREG(status_of(file_.get()).st_mode))
       throw std::system_error(EINVAL, std::generic_category(), "it is no regular file");
-    struct stat now = {};
     // Another may have put a new one into its place meanwhile.
-    if (stat(path_.c_str(), &now) == 0 && is_same(now, status_of(file_.get())))
+    if (is_at(path_, file_.get()))
       break;
   }
   for (const std::string& name : names_in(read(), Others::refused))
@@ -137,21 +147,23 @@ void UncleanFile::rewrite() {
   std::erase_if(entries_, [](const auto& each) { return !each.second.needed(); });
   const std::string fresh = fresh_name(path_);
   std::string text;
-  for (auto& [name, entry] : entries_) {
-    const std::string line = line_of(name);
-    entry.line = {text.size(), line.size()};
-    text += line;
-  }
+  for (const auto& [name, entry] : entries_)
+    text += line_of(name);
   File file = create_file(fresh);
   lock_file(file.get());
   write_at(file.get(), 0, text);
   must(fsync(fileno(file.get())));
   must(std::rename(fresh.c_str(), path_.c_str()));
+  // What follows may fail; whoever comes next has to know where he is.
   file_ = std::move(file);
-  store_directory(path_);
-  end_ = text.size();
+  end_ = 0;
+  for (auto& [name, entry] : entries_) {
+    entry.line = {end_, line_of(name).size()};
+    end_ += entry.line.size;
+  }
   free_.clear();
   remember();
+  store_directory(path_);
 }
 
 void UncleanFile::remember() {
@@ -176,7 +188,7 @@ void UncleanFile::follow_operator() {
   std::vector<std::string> names;
   struct stat now = {};
   if (stat(path_.c_str(), &now) == 0) {
-    if (!is_same(now, left_))
+    if (!is_same(now, status_of(file_.get())))
       file_ = open_locked(path_);
     names = names_in(read(), Others::ignored);
   } else if (errno != ENOENT) {
@@ -187,6 +199,16 @@ void UncleanFile::follow_operator() {
       found(entry);
   }
   rewrite();
+}
+
+/// Writes the names again that an operator's editor has dropped, who did not know of them.
+void UncleanFile::follow() noexcept {
+  try {
+    const std::lock_guard lock(mutex_);
+    follow_operator();
+  } catch (const std::exception&) {
+    // Whoever has to rely on the file finds out, and says so.
+  }
 }
 
 void UncleanFile::write_down(std::string_view name, Entry& entry) {
@@ -215,14 +237,22 @@ bool UncleanFile::hold(const std::string& export_name) noexcept {
     try {
       follow_operator();
       const auto [entry, is_new] = entries_.try_emplace(name);
+      ++entry->second.holders;
       try {
+        if (is_new && entries_.size() > most_names)
+          throw std::system_error(ENOSPC, std::generic_category(),
+                                  "there are " + std::to_string(most_names) + " names");
         if (is_new)
           write_down(name, entry->second);
+        // An editor may have put another file into its place meanwhile.
+        while (!is_at(path_, file_.get()))
+          follow_operator();
       } catch (...) {
-        entries_.erase(entry);
+        --entry->second.holders;
+        if (!entry->second.needed())
+          entries_.erase(entry);
         throw;
       }
-      ++entry->second.holders;
       complained_ = false;
       return true;
     } catch (const std::system_error& error) {

@@ -61,6 +61,9 @@ public:
   void refuse_if_lost(const std::string& export_name);
   /// A client begins a new image there: what was lost is of no interest any more.
   void begin_anew(const std::string& export_name) noexcept;
+  /// To be called now and then: an operator's editor may have dropped the names of those who hold
+  /// something, and a crash could come before anybody holds more.
+  void follow() noexcept;
 
 private:
   /// Where a name stands.

@@ -33,6 +33,9 @@ TEST_CASE("what begins a new image, and what an image in use has written to its 
   SECTION("an image that QEMU creates has no L1 table yet") {
     image[39] = std::byte{0};
     CHECK(begins_image(0, all.first(cluster)));
+    // Then come the names of the features, and an L1 table later.
+    image[112] = std::byte{0x68};
+    CHECK_FALSE(begins_image(0, all.first(cluster)));
   }
   SECTION("an update of the header in use") {
     CHECK_FALSE(begins_image(0, all.first(cluster)));

@@ -199,6 +199,44 @@ TEST_CASE("a file belongs to one server at a time, and holds names only", "[uncl
   std::ofstream(scratch.file("unclean")) << "\"a\"  \n" << std::string(64, '\0');
   CHECK(error_of_open(scratch) == 0);
   CHECK(names(scratch) == "\"a\" ");
+  // And a crash, while a name was written down for which nothing is held yet.
+  std::ofstream(scratch.file("unclean")) << "\"a\"  \n\"b";
+  CHECK(error_of_open(scratch) == 0);
+  CHECK(names(scratch) == "\"a\" ");
+}
+
+TEST_CASE("names that an editor has dropped are written again, and so is one that came meanwhile",
+          "[unclean_file]") {
+  const ScratchDirectory scratch;
+  Record record(scratch);
+  CHECK(record->hold("a"));
+  const auto save = [&](const std::string& text) {
+    std::ofstream(scratch.file("edited")) << text;
+    std::filesystem::rename(scratch.file("edited"), scratch.file("unclean"));
+  };
+  save("");
+  record->follow();
+  CHECK(names(scratch) == "\"a\" ");
+  // At times that fails, once the new file belongs to this server already.
+  const std::string in_the_way = qcowcache::fresh_name(scratch.file("unclean"));
+  save("");
+  std::filesystem::create_directories(in_the_way + "/so that it stays");
+  CHECK_FALSE(record->hold("b"));
+  std::filesystem::remove_all(in_the_way);
+  CHECK(record->hold("b"));
+  CHECK(names(scratch) == "\"a\" \"b\" ");
+}
+
+TEST_CASE("nobody fills the file with names", "[unclean_file]") {
+  const ScratchDirectory scratch;
+  Record record(scratch);
+  for (unsigned i = 0; i < 1000; ++i)
+    REQUIRE(record->hold(std::to_string(i)));
+  CHECK_FALSE(record->hold("one more"));
+  CHECK(record.told().size() == 1);
+  CHECK(record->hold("7"));
+  record->release("8");
+  CHECK(record->hold("one more"));
 }
 
 TEST_CASE("threads hold and release at once", "[unclean_file]") {
