@@ -59,9 +59,12 @@ void Connection::check_at_end(const InUse& storage) {
 
 void Connection::drain() noexcept {
   // What a connection wrote that is a guest now is on storage.
-  if (ended_ || !has_changed_ || handle_->is_guest())
+  if (ended_ || this->image() == nullptr || handle_->is_guest())
     return;
   Image& image = *this->image();
+  // Storage is flushed for others as well, who could not.
+  if (!has_changed_ && !image.cache().recorded())
+    return;
   const auto write_all = [&]() noexcept {
     try {
       std::optional<Handle::Use> use = handle_->use();

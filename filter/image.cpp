@@ -76,6 +76,12 @@ void Image::begin(const Capabilities& capabilities, std::shared_ptr<const void> 
 }
 
 void Image::end() {
+  if (cache_->recorded() && cache_->clean()) {
+    settings_.unclean->lose(name_);
+    if (settings_.report_disk)
+      settings_.report_disk(name_, "storage has taken all bytes, but no flush of it has succeeded "
+                                   "since: they may be lost");
+  }
   cache_->abandon();
   if (const std::shared_ptr<Writeback::Source> source = source_.lock())
     settings_.writeback->remove(source);

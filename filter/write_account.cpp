@@ -61,12 +61,13 @@ void WriteCache::count_written(const Lock& /*lock*/, const Unit& unit) noexcept 
 void WriteCache::tell_layout(const Lock& lock) {
   if (!settings_.events.decision)
     return;
-  const Told now{has_layout_, caching(lock), wanted_unit_size_};
+  const bool unread = !has_layout_ && header_unread_ > 0;
+  const Told now{has_layout_, unread, caching(lock), wanted_unit_size_};
   if (told_ == now)
     return;
   told_ = now;
   tell(settings_.events.decision, [&] {
-    std::string line = "no qcow2 header";
+    std::string line = now.header_unread ? "the header could not be read" : "no qcow2 header";
     if (settings_.cluster_size)
       line = "clusters of " + std::to_string(*settings_.cluster_size) + " bytes, as was asked for";
     else if (const std::optional<qcow2::Header> header = header_.header(size_))

@@ -17,6 +17,9 @@ namespace {
 /// Gaps that a client's read has to fetch from storage are fetched together when they are no
 /// farther apart than this: a longer read is cheaper than another request.
 constexpr std::uint64_t worth_reading_over = std::uint64_t{64} * 1024;
+/// Storage that cannot be read may take long to say so, and makes a request wait for it: where this
+/// many reads of the header have failed in a row the next waits for a client who can read it.
+constexpr unsigned most_header_reads = 3;
 /// Memory for what a request reads or completes beside the client's own buffer, at most.
 constexpr std::uint64_t largest_bounce = std::uint64_t{1024} * 1024;
 
@@ -400,7 +403,7 @@ void WriteCache::header_changed(const Lock& lock, const ByteRange& range) {
   if (!range.overlaps(HeaderWatch::watched(size_)))
     return;
   if (!header_.complete(size_))
-    layout_was_read_ = false;
+    layout_was_read_ = header_unread_ >= most_header_reads;
   relayout(lock);
   tell_layout(lock);
 }
@@ -437,13 +440,27 @@ void WriteCache::learn_layout(Storage& storage) {
     std::vector<std::byte> current = data;
     copy_cached(lock, block.begin, current, gaps);
     header_.learn(block.begin, current);
+    header_unread_ = 0;
     relayout(lock);
     tell_layout(lock);
     witnesses_.read({block.begin, block.begin + data.size()}, data);
     keep_header(lock, data);
-  } catch (const std::system_error&) {
-    // Storage has said why. No layout is known, so nothing is cached until the header is written.
+  } catch (const std::exception&) {
+    // Storage has said why. No layout is known, so nothing is cached for now.
+    const Lock lock(mutex_);
+    if (forgotten != forgotten_)
+      return;
+    ++header_unread_;
+    layout_was_read_ = header_unread_ >= most_header_reads;
+    tell_layout(lock);
   }
+}
+
+/// A client has read where the header is: so can the cache.
+void WriteCache::header_can_be_read() {
+  const Lock lock(mutex_);
+  if (std::exchange(header_unread_, 0) > 0 && !header_.complete(size_))
+    layout_was_read_ = false;
 }
 
 /// The client comes back to the header at once: `data`, with which storage begins, is kept.
@@ -533,6 +550,7 @@ void WriteCache::forget_learned(const Lock& lock) {
   zero_map_.clear();
   header_.forget({0, qcow2::header_bytes});
   layout_was_read_ = false;
+  header_unread_ = 0;
   ++forgotten_;
   relayout(lock);
 }
@@ -727,28 +745,30 @@ WriteCache::Taken WriteCache::absorb(WriteLine::Place place, const Storage& writ
     count_write(lock, *request);
   if (!caching(lock) || is_guest(writer))
     return {Absorbed::off};
-  if (!refreshed.empty()) {
+  // What completes the blocks of a write was on storage already, and older than whatever anybody in
+  // the line asks for.
+  const bool completes = !refreshed.empty();
+  if (completes) {
     ByteRanges gaps;
     copy_cached(lock, offset, refreshed, gaps);
   }
-
-  // What completes the blocks of a write was on storage already.
-  if (no_trust_ && refreshed.empty())
+  if (no_trust_ && !completes)
     return {Absorbed::no_trust};
   if (!recorded_ && settings_.hold)
     return {Absorbed::unrecorded};
 
   // First everything that can fail, so that a write is taken whole or not at all.
   const ByteRange range{offset, offset + data.size()};
-  if (!line_.empty() && line_.is_behind(place, range))
+  if (!completes && !line_.empty() && line_.is_behind(place, range))
     return {Absorbed::behind_others};
   for (ByteRange rest = range; !rest.empty();) {
     const std::uint64_t begin = align_down(rest.begin, unit_size_);
     const auto found = units_.find(begin);
     if (found == units_.end()) {
-      if (!line_.may_take_memory(place) || beyond_share(lock) || beyond_delay(lock))
+      const bool is_next = completes || line_.may_take_memory(place);
+      if (!is_next || beyond_share(lock) || beyond_delay(lock))
         return {Absorbed::no_memory};
-      if (holds_in_vain(lock))
+      if (!completes && holds_in_vain(lock))
         return {Absorbed::no_gain};
       std::shared_ptr<Unit::Buffer> buffer = take_buffer(lock, range);
       if (!buffer)
@@ -803,7 +823,8 @@ WriteCache::Taken WriteCache::absorb(WriteLine::Place place, const Storage& writ
 void WriteCache::write(Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
                        bool fua) {
   const ByteRange request{offset, offset + data.size()};
-  take(storage, offset, data, fua, &request);
+  InLine place(*this);
+  take(place, storage, offset, data, fua, &request);
 }
 
 /// Whether storage shall have a write as the client sent it: it is as large as any that units are
@@ -818,12 +839,11 @@ bool WriteCache::passes_as_it_came(const Storage& storage, const ByteRange& rang
                                           .intersection({0, capabilities.size}) == range;
 }
 
-/// The whole of `write`; `request`, if any, is a client's, to be counted.
-void WriteCache::take(Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
-                      bool fua, const ByteRange* request) {
+/// The whole of `write`, from `place` in the line; `request`, if any, is a client's, to be counted.
+void WriteCache::take(InLine& place, Storage& storage, std::uint64_t offset,
+                      std::span<const std::byte> data, bool fua, const ByteRange* request) {
   if (!layout_was_read_)
     learn_layout(storage);
-  InLine place(*this);
   ByteRange rest{offset, offset + data.size()};
   if (fua || passes_as_it_came(storage, rest)) {
     if (request != nullptr)
@@ -920,17 +940,19 @@ bool WriteCache::recorded() const {
   return recorded_;
 }
 
-std::uint64_t WriteCache::last_held() const {
-  const Lock lock(mutex_);
-  return last_held_;
-}
-
-/// Storage has been flushed: where it has everything, and nothing has been held since `held`, there
-/// is nothing that a crash could take.
-void WriteCache::release(std::uint64_t held) {
+/// Flushes storage: where it had everything before, and nothing was held meanwhile, there is
+/// nothing then that a crash could take.
+void WriteCache::flush_storage(Storage& storage) {
+  // A guest's may be another disk.
+  const auto held_if_stored = [&](const Lock& lock) {
+    return all_stored(lock) && !is_guest(storage) ? std::optional(last_held_) : std::nullopt;
+  };
+  const std::optional<std::uint64_t> held = held_if_stored(Lock(mutex_));
+  storage.flush();
   {
     const Lock lock(mutex_);
-    if (!all_stored(lock) || last_held_ != held || !std::exchange(recorded_, false))
+    const bool settled = held && held_if_stored(lock) == held;
+    if (!settled || !std::exchange(recorded_, false))
       return;
   }
   settings_.release();
@@ -1083,10 +1105,10 @@ bool WriteCache::absorb_around(const Storage& writer, const ByteRange& blocks,
     const std::span<std::byte> around = whole.subspan(part.begin - blocks.begin, part.size());
     if (part.empty())
       return true;
-    // These bytes are older than whatever anybody in the line asks for.
-    const Taken taken = absorb(line_.behind_all(), writer, part.begin, around, nullptr, around);
-    wake(taken.to_wake_for);
-    return taken.absorbed == Absorbed::held;
+    Absorbed absorbed = absorb(writer, part.begin, around, nullptr, around);
+    while (absorbed == Absorbed::unrecorded && record())
+      absorbed = absorb(writer, part.begin, around, nullptr, around);
+    return absorbed == Absorbed::held;
   };
   try {
     return absorbs({blocks.begin, range.begin}) && absorbs({range.end, blocks.end});
@@ -1192,7 +1214,8 @@ void WriteCache::copy_cached(const Lock& lock, std::uint64_t offset, std::span<s
 
 void WriteCache::read(Storage& storage, std::uint64_t offset, std::span<std::byte> data) {
   // Who reads the header begins to work on the image, and reads more of it soon.
-  if (!layout_was_read_ && offset < HeaderWatch::watched(storage.capabilities().size).end)
+  const bool begins = offset < HeaderWatch::watched(storage.capabilities().size).end;
+  if (!layout_was_read_ && begins)
     learn_layout(storage);
   // The cache first and storage after: a unit may be written and dropped in between, but then
   // storage has it. The other way round a read could see bytes from before.
@@ -1240,6 +1263,8 @@ void WriteCache::read(Storage& storage, std::uint64_t offset, std::span<std::byt
       gap = behind;
     }
   }
+  if (begins && !gaps.empty())
+    header_can_be_read();
 }
 
 Storage::Extents WriteCache::extents(Storage& storage, const ByteRange& range, bool only_first) {
@@ -1281,9 +1306,9 @@ void WriteCache::zero(Storage& storage, const ByteRange& range,
   const ByteRange blocks = align_inward(range, storage.capabilities().minimum);
   if (options.fast && (blocks != range || storage.pieces(blocks) != 1))
     throw std::system_error(ENOTSUP, std::generic_category(), "fast zero");
+  InLine place(*this); // until the ragged ends are done as well
   if (!blocks.empty()) {
-    InLine place(*this);
-    wait_turn(place, blocks);
+    wait_turn(place, range);
     const RangeLock::Owned owned = ranges_.own(blocks);
     try {
       storage.zero(blocks, options);
@@ -1318,7 +1343,8 @@ void WriteCache::zero(Storage& storage, const ByteRange& range,
   const ByteRange tail{blocks.empty() ? range.end : blocks.end, range.end};
   for (const ByteRange& ragged : {head, tail}) {
     if (!ragged.empty())
-      take(storage, ragged.begin, std::vector<std::byte>(ragged.size()), options.fua, nullptr);
+      take(place, storage, ragged.begin, std::vector<std::byte>(ragged.size()), options.fua,
+           nullptr);
   }
 }
 
@@ -1440,20 +1466,16 @@ Unsaved WriteCache::unsaved() const {
 
 void WriteCache::flush(Storage& storage) {
   settings_.counters->add(Count::client_flushes);
-  const std::uint64_t held = last_held();
   if (const std::error_code error = write_owed(storage, Unit::Reason::flush))
     throw std::system_error(error, "not everything could be stored");
-  storage.flush();
-  release(held);
+  flush_storage(storage);
 }
 
 std::error_code WriteCache::drain(Storage& storage) {
-  const std::uint64_t held = last_held();
   std::error_code error = write_owed(storage, Unit::Reason::disconnect);
   if (!error && recorded() && clean()) {
     try {
-      storage.flush();
-      release(held);
+      flush_storage(storage);
     } catch (const std::system_error& refusal) {
       error = refusal.code();
     }

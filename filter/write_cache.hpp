@@ -268,8 +268,8 @@ public:
   [[nodiscard]] std::uint64_t size() const;
 
   /// Finds out whether there is a qcow2 header and how large its clusters are, reading storage if
-  /// it must. Never throws for a header that cannot be read: then there is none,
-  /// until the next connection begins or a client writes to it.
+  /// it must. Never throws for a header that cannot be read: then nothing is cached, the next
+  /// requests try again, and after a few failures only once a client has read or written it.
   void learn_layout(Storage& storage);
   /// Whether all bytes where a header would be are known, and the header that they are, if any.
   struct KnownHeader {
@@ -345,6 +345,7 @@ private:
   void drop(const Lock&, Unit& unit);
   void relayout(const Lock& lock);
   void keep_header(const Lock& lock, std::span<const std::byte> data) noexcept;
+  void header_can_be_read();
   [[nodiscard]] bool holds_back() const;
   void header_changed(const Lock& lock, const ByteRange& range);
   [[nodiscard]] Job claim(const Lock& lock, Unit& unit, const Storage& storage);
@@ -369,8 +370,8 @@ private:
   void copy_cached(const Lock& lock, std::uint64_t offset, std::span<std::byte> data,
                    ByteRanges& gaps);
 
-  void take(Storage& storage, std::uint64_t offset, std::span<const std::byte> data, bool fua,
-            const ByteRange* request);
+  void take(InLine& place, Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
+            bool fua, const ByteRange* request);
   struct Taken {
     Absorbed absorbed = Absorbed::off;
     /// How many units wait to be written, where one was completed; or else 0.
@@ -381,8 +382,7 @@ private:
                std::span<std::byte> refreshed);
   void wake(std::size_t waiting) const;
   [[nodiscard]] bool record();
-  void release(std::uint64_t held);
-  [[nodiscard]] std::uint64_t last_held() const;
+  void flush_storage(Storage& storage);
   [[nodiscard]] bool passes_as_it_came(const Storage& storage, const ByteRange& range) const;
   void write_through(InLine& place, Storage& storage, std::uint64_t offset,
                      std::span<const std::byte> data, bool fua);
@@ -469,6 +469,8 @@ private:
   bool has_layout_ = false;
   /// The same, by who only wants to know whether there is anything to do.
   std::atomic<bool> layout_was_read_ = false;
+  /// How often in a row the header could not be read.
+  unsigned header_unread_ = 0;
   /// How often everything that was learned has been forgotten.
   std::uint64_t forgotten_ = 0;
   /// When storage last refused something, or one of those units was queued again; nothing when none
@@ -494,6 +496,7 @@ private:
   /// What listeners to decisions were last told.
   struct Told {
     bool has_layout = false;
+    bool header_unread = false;
     bool caching = false;
     std::uint64_t unit_size = 0;
     bool operator==(const Told&) const = default;

@@ -6,6 +6,7 @@
 #include "damaged_image.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
+#include "scratch_directory.hpp"
 #include "serving.hpp"
 
 #include <algorithm>
@@ -192,6 +193,44 @@ TEST_CASE("connections to multi-conn storage share, others only own ranges in co
       REQUIRE(stored == expected);
     }
   }
+}
+
+TEST_CASE("a flush that fails when the last connection ends is told to whoever comes next",
+          "[connection]") {
+  const ScratchDirectory scratch;
+  UncleanFile unclean(scratch.file("unclean"), [](const std::string& /*line*/) {});
+  unclean.open();
+  Serving serving(64 * unit, GENERATE(0U, 4U), WriteCache::Settings().retry, &unclean);
+  Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  const auto disk = image(40 * unit);
+  const auto refuses_flushes = [](const MemoryStorage::Call& call) {
+    if (call.kind == Kind::flush)
+      throw std::system_error(EIO, std::generic_category(), "refused");
+  };
+  SECTION("nobody else could flush") {
+    capabilities.can_multi_conn = GENERATE(true, false);
+    {
+      Client client(serving, "a", disk, capabilities, refuses_flushes);
+      client.write(3 * unit, pattern(500, 1));
+    }
+    CHECK_THROWS_AS(unclean.refuse_if_lost("a"), UncleanFile::Lost);
+    CHECK(scratch.content("unclean").find("\"a\"") == 0);
+    CHECK(serving.other_disks == 1);
+  }
+  SECTION("another, who has written nothing, does") {
+    Client reader(serving, "a", disk, capabilities);
+    CHECK(reader.read(unit, 1).size() == 1);
+    {
+      Client client(serving, "a", disk, capabilities, refuses_flushes);
+      client.write(3 * unit, pattern(500, 1));
+    }
+    CHECK(scratch.content("unclean").find("\"a\"") == 0);
+    reader.leave();
+    CHECK_NOTHROW(unclean.refuse_if_lost("a"));
+    CHECK(scratch.content("unclean").empty());
+  }
+  CHECK(on(*disk, 3 * unit, 500) == pattern(500, 1));
+  CHECK(serving.budget().used() == 0);
 }
 
 TEST_CASE("refused bytes wait for the next connection", "[connection]") {

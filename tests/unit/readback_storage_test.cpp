@@ -5,6 +5,7 @@
 #include "catch.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
+#include "watched_thread.hpp"
 
 #include <cerrno>
 #include <memory>
@@ -276,6 +277,38 @@ TEST_CASE("what a client writes while a damaged write-through is going on wins",
   bench.cache->flush(*bench.storage);
   auto expected = earlier;
   std::ranges::copy(newer, expected.begin() + 500);
+  CHECK(bench.stored(unit, 1000) ==
+        std::vector<std::byte>(expected.begin(), expected.begin() + 1000));
+}
+
+TEST_CASE("neighbours of a damaged write-through are healed though others wait for their block",
+          "[readback_storage]") {
+  CacheBench bench;
+  WriteCache::Settings settings = CacheBench::settings();
+  bool noted = false;
+  settings.hold = [&] { return noted = true; };
+  settings.release = [&] { noted = false; };
+  bench.cache = std::make_shared<WriteCache>(std::move(settings), bench.disk.capabilities(),
+                                             bench.ranges, bench.budget);
+  const auto earlier = pattern(unit, 1);
+  bench.disk.disk().write(unit, earlier, true);
+  bench.damaging->damage(unit + 50);
+  const auto newer = pattern(100, 2);
+  std::optional<WatchedThread> other;
+  bench.disk.before = [&](const MemoryStorage::Call& call) {
+    if (call.kind == Kind::write && !other) {
+      other.emplace([&] { bench.cache->write(*bench.storage, unit + 20, newer, true); });
+      CHECK(other->waits());
+    }
+  };
+  CHECK(error_of([&] { bench.cache->write(*bench.storage, unit + 1000, pattern(100, 3), true); }) ==
+        EIO);
+  REQUIRE(other->ends());
+  CHECK(noted);
+  bench.cache->flush(*bench.storage);
+  CHECK_FALSE(noted);
+  auto expected = earlier;
+  std::ranges::copy(newer, expected.begin() + 20);
   CHECK(bench.stored(unit, 1000) ==
         std::vector<std::byte>(expected.begin(), expected.begin() + 1000));
 }

@@ -20,10 +20,11 @@
 /// Exports as the server has them, with background writers or without.
 class Serving {
 public:
-  /// `memory` in bytes; `retry` as in `WriteCache::Settings`.
+  /// `memory` in bytes; `retry` as in `WriteCache::Settings`; `unclean`, if any, outlives it.
   Serving(std::size_t memory, unsigned writers,
-          std::chrono::milliseconds retry = qcowcache::WriteCache::Settings().retry)
-      : budget_(memory), exports_(settings(writers, retry), budget_) {
+          std::chrono::milliseconds retry = qcowcache::WriteCache::Settings().retry,
+          qcowcache::UncleanFile* unclean = nullptr)
+      : budget_(memory), exports_(settings(writers, retry, unclean), budget_) {
     writeback_.start(writers);
   }
   Serving(const Serving&) = delete;
@@ -39,12 +40,14 @@ public:
   void stop_writers() noexcept { writeback_.stop(); }
   /// Bytes that were reported lost.
   std::atomic<std::uint64_t> lost = 0;
-  /// How often a connection was found to see another disk than others.
+  /// How often a connection was found to see another disk than others, or a disk was not flushed.
   std::atomic<unsigned> other_disks = 0;
 
 private:
-  qcowcache::Export::Settings settings(unsigned writers, std::chrono::milliseconds retry) {
+  qcowcache::Export::Settings settings(unsigned writers, std::chrono::milliseconds retry,
+                                       qcowcache::UncleanFile* unclean) {
     qcowcache::Export::Settings settings;
+    settings.unclean = unclean;
     settings.expire = std::chrono::milliseconds(50);
     settings.writeback = writers > 0 ? &writeback_ : nullptr;
     settings.report_loss = [this](const std::string&, const qcowcache::Unsaved& unsaved) {

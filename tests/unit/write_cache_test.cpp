@@ -639,6 +639,19 @@ TEST_CASE("that something is held is written down first, and crossed out when no
     bench.write(2 * unit, pattern(100, 1));
     CHECK(noted() == "hold ");
   }
+  SECTION("the flush of a guest, whose disk may be another") {
+    bench.cache->set_cluster_end(2 * unit);
+    bench.cache->set_cluster_end(3 * unit);
+    while (bench.cache->write_next(bench.storage)) {
+    }
+    REQUIRE(bench.cache->clean());
+    MemoryStorage guest(MemoryStorage::everything(disk_size));
+    bench.cache->admit(guest);
+    bench.cache->flush(guest);
+    CHECK(noted().empty());
+    bench.cache->flush(bench.storage);
+    CHECK(noted() == "release ");
+  }
   SECTION("a flush during which more is held") {
     bench.storage.before = [&](const MemoryStorage::Call& call) {
       if (call.kind == Kind::flush) {
@@ -682,6 +695,69 @@ TEST_CASE("that something is held is written down first, and crossed out when no
     CHECK(bench.on_disk(7 * unit, 100) == pattern(100, 2));
     CHECK(bench.cache->clean());
   }
+}
+
+TEST_CASE("the ragged ends of a zero have its place among others", "[write_cache]") {
+  Capabilities capabilities = MemoryStorage::everything(disk_size);
+  capabilities.minimum = 512;
+  std::atomic<bool> gone = false;
+  WriteCache::Settings settings;
+  settings.interrupted = [&] { return gone.load(); };
+  Bench bench(capabilities, plenty, std::move(settings));
+  bench.with_header();
+  const auto earlier = pattern(4096, 1);
+  const auto newer = pattern(100, 2);
+  bench.write(unit, earlier);
+  LateGate gate(bench.storage, Kind::zero);
+  const bool dies = GENERATE(true, false);
+  int error = 0;
+  WatchedThread zero([&] {
+    error = error_of([&] { bench.cache->zero(bench.storage, {unit + 5, unit + 4000}, {}); });
+  });
+  gate.wait_until_reached();
+  WatchedThread writer([&] { error_of([&] { bench.write(unit + 5, newer); }); });
+  CHECK(writer.waits());
+  gone = dies;
+  gate.let_go();
+  REQUIRE(zero.ends());
+  REQUIRE(writer.ends());
+  gone = false;
+  CHECK((error == ESHUTDOWN) == dies);
+  if (dies)
+    CHECK(bench.read(unit + 5, 507) ==
+          std::vector<std::byte>(earlier.begin() + 5, earlier.begin() + 512));
+  else
+    CHECK(bench.read(unit + 5, 100) == newer);
+}
+
+TEST_CASE("a header that cannot be read is read again, and not for ever", "[write_cache]") {
+  Bench bench;
+  bench.storage.disk().write(0, qcow2_header(16), true);
+  std::string told;
+  unsigned reads = 0;
+  unsigned failures = GENERATE(1U, 2U, 100U);
+  bench.storage.before = [&](const MemoryStorage::Call& call) {
+    if (call.kind == Kind::read && reads++ < failures)
+      throw std::system_error(EIO, std::generic_category(), "refused");
+  };
+  for (unsigned i = 0; i < 10; ++i)
+    bench.write(unit + i * 100, pattern(100, i));
+  CHECK(reads == std::min(failures + 1, 3U));
+  CHECK(bench.cache->caching() == (failures < 3));
+  if (failures < 3)
+    return;
+  // What a client tried and failed to write there does not change that.
+  {
+    const Refusal refusal(bench.storage, Kind::write, EIO);
+    for (unsigned i = 0; i < 10; ++i)
+      CHECK(error_of([&] { bench.write(0, pattern(100, i)); }) == EIO);
+  }
+  CHECK(reads == 3);
+  // A client who can read it finds out.
+  bench.storage.disk().write(0, qcow2_header(16), true);
+  CHECK(bench.read(0, 512).size() == 512);
+  bench.write(unit, pattern(100, 1));
+  CHECK(bench.cache->caching());
 }
 
 TEST_CASE("what storage did before it failed is seen", "[write_cache]") {
@@ -1128,10 +1204,8 @@ TEST_CASE("a header that cannot be read is an unknown layout, not an error", "[w
   capabilities.can_extents = false;
   Bench bench(capabilities);
   bench.storage.disk().write(0, qcow2_header(16), true);
-  {
-    const Refusal refusal(bench.storage, Kind::read, EIO);
-    bench.cache->learn_layout(bench.storage);
-  }
+  const Refusal refusal(bench.storage, Kind::read, EIO);
+  bench.cache->learn_layout(bench.storage);
   CHECK_FALSE(bench.cache->caching());
   bench.write(unit, pattern(10, 1));
   CHECK(bench.on_disk(unit, 10) == pattern(10, 1));
@@ -1602,19 +1676,6 @@ TEST_CASE("zeros are asked for on whole blocks, wherever storage's answers end",
   }
   CHECK(bench.on_disk(2 * unit, 4096) == pattern(4096, 1));
   CHECK(bench.storage.violations().empty());
-}
-
-TEST_CASE("a header that could not be read is read for the next connection", "[write_cache]") {
-  Bench bench;
-  bench.storage.disk().write(0, qcow2_header(16), true);
-  {
-    const Refusal refusal(bench.storage, Kind::read, EIO);
-    bench.cache->learn_layout(bench.storage);
-  }
-  bench.write(unit, pattern(10, 1));
-  CHECK_FALSE(bench.cache->caching());
-  bench.cache->learn_layout(bench.storage);
-  CHECK(bench.cache->caching());
 }
 
 TEST_CASE("another cluster size takes effect once nothing of the old size is cached",
