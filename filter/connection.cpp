@@ -36,8 +36,8 @@ Connection::InUse Connection::in_use(const Image::Request& request) {
   Image* image = this->image();
   if (image == nullptr || (handle_->is_guest() && !image->admits_guest(request)))
     image = &enter(request);
-  if (request.changes && !has_changed_.load(std::memory_order_relaxed))
-    has_changed_ = true;
+  if (request.changes)
+    handle_->begins_to_change();
   return InUse{image->cache(), std::move(*use), image->verifier()};
 }
 
@@ -63,8 +63,9 @@ void Connection::drain() noexcept {
     return;
   Image& image = *this->image();
   // Storage is flushed for others as well, who could not.
-  if (!has_changed_ && !image.cache().recorded())
+  if (!handle_->ends_changing() && !image.cache().recorded())
     return;
+  const bool last = !image.is_changed_by_others(*handle_);
   const auto write_all = [&]() noexcept {
     try {
       std::optional<Handle::Use> use = handle_->use();
@@ -73,6 +74,8 @@ void Connection::drain() noexcept {
       const InUse in_use{image.cache(), std::move(*use), image.verifier()};
       in_use.cache.drain(in_use.use.storage());
       check_at_end(in_use);
+      if (last)
+        in_use.cache.give_back_room(in_use.use.storage());
     } catch (const std::exception&) {
       // What is left is found, and reported, by whoever looks at the cache next.
     }
@@ -81,7 +84,8 @@ void Connection::drain() noexcept {
     image.verifier()->ends(&use->storage());
   const bool unchecked = image.verifier() != nullptr && image.verifier()->has_work_at_end();
   const bool stored = image.cache().clean() && !image.cache().recorded();
-  if (!capabilities().can_write || (stored && !unchecked))
+  const bool reserved = last && image.cache().has_reserved();
+  if (!capabilities().can_write || (stored && !unchecked && !reserved))
     return;
   // Filters that sleep refuse to do so in a thread that serves a client once the client is gone.
   try {

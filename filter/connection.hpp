@@ -81,7 +81,6 @@ private:
   /// All that it has ever used, the last one now: a request may still be busy with an earlier one.
   std::vector<std::shared_ptr<Image>> images_;
   std::atomic<Image*> image_ = nullptr;
-  std::atomic<bool> has_changed_ = false;
   std::atomic<bool> ended_ = false;
 };
 

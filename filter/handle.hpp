@@ -2,6 +2,7 @@
 
 #include "storage.hpp"
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <memory>
@@ -61,6 +62,14 @@ public:
   [[nodiscard]] bool is(const void* writer) const noexcept { return storage_.get() == writer; }
   /// As `Storage::is_guest`.
   [[nodiscard]] bool is_guest() const noexcept { return storage_->is_guest(); }
+  /// Whether its client changes something, and has not ended.
+  [[nodiscard]] bool changes() const noexcept { return changes_.load(std::memory_order_relaxed); }
+  void begins_to_change() noexcept {
+    if (!changes())
+      changes_ = true;
+  }
+  /// Returns whether it did.
+  bool ends_changing() noexcept { return changes_.exchange(false); }
   /// For `WriteCache::admit` and its like, which do not call storage; also after `retire`.
   [[nodiscard]] Storage& identity() const noexcept { return *storage_; }
 
@@ -73,6 +82,7 @@ private:
   std::size_t users_ = 0;
   bool retired_ = false;
   bool counted_ = false;
+  std::atomic<bool> changes_ = false;
   const std::chrono::steady_clock::time_point opened_ = std::chrono::steady_clock::now();
 };
 

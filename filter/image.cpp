@@ -44,6 +44,7 @@ void Image::begin(const Capabilities& capabilities, std::shared_ptr<const void> 
   settings.max_write = settings_.max_write;
   settings.expire = settings_.expire;
   settings.max_delay = settings_.max_delay;
+  settings.reserve = settings_.reserve;
   settings.interrupted = settings_.interrupted;
   if (UncleanFile* const unclean = settings_.unclean; unclean != nullptr) {
     settings.hold = [this, unclean] { return unclean->hold(name_); };
@@ -129,6 +130,12 @@ Verifier::Left Image::remove_verifier() {
 bool Image::is_used() const {
   const std::lock_guard lock(mutex_);
   return !users_.empty();
+}
+
+bool Image::is_changed_by_others(const Handle& handle) const {
+  const std::lock_guard lock(mutex_);
+  return std::ranges::any_of(
+      users_, [&](const auto& user) { return user.get() != &handle && user->changes(); });
 }
 
 bool Image::is_used_by(const Handle& handle) const {

@@ -39,6 +39,7 @@ public:
     std::uint64_t max_write = std::uint64_t{1024} * 1024;
     std::optional<std::chrono::milliseconds> expire;
     std::optional<std::chrono::milliseconds> max_delay = {};
+    std::uint64_t reserve = 0;
     /// Where it is written down that the image holds something, which outlives the image; nullptr:
     /// nowhere.
     UncleanFile* unclean = nullptr;
@@ -121,6 +122,8 @@ public:
   /// It does no more. With the last one goes what was learned.
   void leave(const Handle& handle);
   [[nodiscard]] bool is_used() const;
+  /// Whether other connections, which have not ended, have changed something.
+  [[nodiscard]] bool is_changed_by_others(const Handle& handle) const;
 
   /// Whose storage is to take a unit: the connection that last wrote to it, or, when it has ended,
   /// or storage refused the unit there, another that is trusted; nothing when there is none.

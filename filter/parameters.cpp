@@ -16,6 +16,8 @@ namespace {
 
 constexpr std::uint64_t least_max_write = std::uint64_t{64} * 1024;
 constexpr std::uint64_t most_max_write = std::uint64_t{32} * 1024 * 1024;
+constexpr std::uint64_t least_reserve = std::uint64_t{2} * 1024 * 1024;
+constexpr std::uint64_t most_reserve = std::uint64_t{1024} * 1024 * 1024;
 constexpr std::uint64_t most_writers = 64;
 constexpr std::uint64_t most_seconds = 86400;
 constexpr std::uint64_t least_cluster_size = 512;
@@ -118,6 +120,9 @@ const char* Parameters::help() noexcept {
          "                               (default 5, 0: never by time).\n"
          "qcowcache-max-delay=<SECS>     Hold no more than storage writes in this time, up to\n"
          "                               86400 (default 10, 0: no such bound).\n"
+         "qcowcache-reserve=<SIZE>       Reserve room on storage, so much at once, before a write "
+         "is\n"
+         "                               acknowledged, 2M to 1G (default 64M, 0: never).\n"
          "qcowcache-stats=<FILE>         Report statistics there at the end: *.json, *.prom\n"
          "                               (Prometheus), otherwise text; an absolute path.\n"
          "qcowcache-stats-interval=<SECS>\n"
@@ -177,6 +182,13 @@ bool Parameters::set(std::string_view key, std::string_view value) {
     max_delay_ = seconds_or_never(key, value);
     return true;
   }
+  if (key == "qcowcache-reserve") {
+    const std::optional<std::uint64_t> size = parse_size(value);
+    if (!size || (*size > 0 && (*size < least_reserve || *size > most_reserve)))
+      refuse(key, value, "a size from 2M to 1G, or 0 to reserve nothing");
+    reserve_ = *size;
+    return true;
+  }
   if (key == "qcowcache-stats") {
     stats_file_ = replaceable_file(key, value);
     return true;
@@ -219,10 +231,11 @@ bool Parameters::set(std::string_view key, std::string_view value) {
     return true;
   }
   if (key.substr(0, prefix.size()) == prefix) {
-    throw ParameterError(beginning_of_line(key, value) +
-                         "no such parameter; allowed: cluster-size, expire, max-delay, "
-                         "max-write, readback, size, size-file, stats, stats-interval, unclean, "
-                         "verify and writers, each after qcowcache-");
+    throw ParameterError(
+        beginning_of_line(key, value) +
+        "no such parameter; allowed: cluster-size, expire, max-delay, "
+        "max-write, readback, reserve, size, size-file, stats, stats-interval, unclean, "
+        "verify and writers, each after qcowcache-");
   }
   return false;
 }

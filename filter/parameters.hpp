@@ -50,6 +50,8 @@ public:
   /// After how long an idle partial unit is left behind; nothing: never by time.
   [[nodiscard]] std::optional<std::chrono::seconds> expire() const noexcept { return expire_; }
   /// No more is held than storage writes in this time; nothing: no such bound.
+  /// Bytes of room that storage is asked for at once; 0: it is not asked.
+  [[nodiscard]] std::uint64_t reserve() const noexcept { return reserve_; }
   [[nodiscard]] std::optional<std::chrono::seconds> max_delay() const noexcept {
     return max_delay_;
   }
@@ -75,6 +77,7 @@ private:
   unsigned writers_ = 4;
   std::uint64_t max_write_ = std::uint64_t{1024} * 1024;
   std::optional<std::chrono::seconds> expire_ = std::chrono::seconds(5);
+  std::uint64_t reserve_ = std::uint64_t{64} * 1024 * 1024;
   std::optional<std::chrono::seconds> max_delay_ = std::chrono::seconds(10);
   std::string size_file_;
   std::string stats_file_;

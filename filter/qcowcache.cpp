@@ -189,6 +189,7 @@ private:
     settings.max_write = parameters.max_write();
     settings.expire = parameters.expire();
     settings.max_delay = parameters.max_delay();
+    settings.reserve = parameters.reserve();
     settings.unclean = unclean_.get();
     settings.writeback = writers_ > 0 ? &writeback_ : nullptr;
     settings.report_loss = report_loss;

@@ -136,6 +136,8 @@ public:
   std::uint64_t completed_before = 0;
   /// The connection that last wrote to it; never dereferenced.
   const void* last_writer = nullptr;
+  /// Storage has room for all of it, or nobody can tell.
+  bool has_room = false;
   /// Bytes of others are among those that storage lacks.
   bool several_writers = false;
   /// How many requests storage would have had if what clients wrote had gone through, since the

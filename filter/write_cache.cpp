@@ -23,6 +23,20 @@ constexpr unsigned most_header_reads = 3;
 /// Memory for what a request reads or completes beside the client's own buffer, at most.
 constexpr std::uint64_t largest_bounce = std::uint64_t{1024} * 1024;
 
+/// Adds an extent, whose bytes that are in `others` have another type.
+void overlay(Storage::Extents& extents, const Storage::Extent& extent, const ByteRanges& others,
+             Storage::ExtentType type) {
+  ByteRange rest = extent.range;
+  for (const ByteRange& other : others.inside(extent.range)) {
+    if (rest.begin < other.begin)
+      extents.push_back({{rest.begin, other.begin}, extent.type});
+    extents.push_back({other, type});
+    rest.begin = other.end;
+  }
+  if (!rest.empty())
+    extents.push_back({rest, extent.type});
+}
+
 std::uint64_t unit_size_for(std::uint64_t cluster_size, std::uint64_t preferred) {
   return std::bit_ceil(std::max({cluster_size, WriteCache::least_unit_size, preferred}));
 }
@@ -34,7 +48,8 @@ WriteCache::WriteCache(Settings settings, const Capabilities& capabilities, Rang
     : settings_(std::move(settings)),
       preferred_(std::min<std::uint64_t>(capabilities.preferred, settings_.max_write)),
       alignment_(capabilities.write_alignment()), ranges_(ranges), budget_(budget),
-      account_(budget), size_(capabilities.size),
+      account_(budget), room_(capabilities.can_write ? settings_.reserve : 0),
+      size_(capabilities.size),
       unit_size_(unit_size_for(settings_.cluster_size.value_or(0), preferred_)),
       wanted_unit_size_(unit_size_), has_layout_(settings_.cluster_size.has_value()) {
   if (settings_.cluster_size)
@@ -343,8 +358,11 @@ bool WriteCache::writing() const {
 }
 
 std::size_t WriteCache::waiting() const {
-  const Lock lock(mutex_);
-  return queued_;
+  return waiting(Lock(mutex_));
+}
+
+std::size_t WriteCache::waiting(const Lock& /*lock*/) const {
+  return queued_ + (next_window_ ? 1 : 0);
 }
 
 std::optional<WriteCache::Clock::time_point> WriteCache::oldest() const {
@@ -548,6 +566,9 @@ void WriteCache::forget_learned(const Lock& lock) {
   drop_clean(lock);
   for_each_unclean(lock, [](Unit& unit) { unit.forget(unit.range()); });
   zero_map_.clear();
+  room_.clear();
+  next_window_.reset();
+  for_each_unclean(lock, [](Unit& unit) { unit.has_room = false; });
   header_.forget({0, qcow2::header_bytes});
   layout_was_read_ = false;
   header_unread_ = 0;
@@ -770,10 +791,17 @@ WriteCache::Taken WriteCache::absorb(WriteLine::Place place, const Storage& writ
         return {Absorbed::no_memory};
       if (!completes && holds_in_vain(lock))
         return {Absorbed::no_gain};
+      if (!completes && !has_room(lock, writer, {begin, begin + unit_size_}))
+        return {Absorbed::unreserved};
       std::shared_ptr<Unit::Buffer> buffer = take_buffer(lock, range);
       if (!buffer)
         return {Absorbed::no_memory};
       add_unit(lock, begin, std::move(buffer));
+      if (settings_.wake_writer && !next_window_ && !asks_for_room_)
+        next_window_ = room_.next_window({begin, begin + unit_size_}, size_);
+    } else if (!completes && !found->second.has_room &&
+               !has_room(lock, writer, found->second.range())) {
+      return {Absorbed::unreserved};
     } else if (found->second.fragmented()) {
       enqueue(lock, found->second, Unit::Reason::many_pieces);
       return {Absorbed::unit_busy};
@@ -801,6 +829,7 @@ WriteCache::Taken WriteCache::absorb(WriteLine::Place place, const Storage& writ
     unit.several_writers = unit.several_writers || (unit.counted && unit.last_writer != &writer);
     unit.last_writer = &writer;
     unit.spared += ragged ? 2 : 1;
+    unit.has_room = unit.has_room || room_.has(unit.range().intersection({0, size_}));
     this->place(lock, unit);
     count_unclean(lock, unit, true);
     if (unit.full(size_) && !unit.was_refused &&
@@ -814,7 +843,7 @@ WriteCache::Taken WriteCache::absorb(WriteLine::Place place, const Storage& writ
     keep_writers_busy(lock);
   header_.wrote(offset, data);
   header_changed(lock, range);
-  const std::size_t to_wake_for = completed ? queued_ : 0;
+  const std::size_t to_wake_for = completed || next_window_ ? waiting(lock) : 0;
   lock.unlock(); // a writer that is called would only run into it
   tell(settings_.events.trace, [&] { return "absorbed " + to_string(range); });
   return {Absorbed::held, to_wake_for};
@@ -900,6 +929,11 @@ void WriteCache::take(InLine& place, Storage& storage, std::uint64_t offset,
       break;
     case Absorbed::unrecorded:
       goes_through = !record();
+      break;
+    case Absorbed::unreserved:
+      // Storage may take long to answer.
+      place.join(Lock(mutex_), rest);
+      goes_through = !reserve(storage, {border - size, border});
       break;
     case Absorbed::held:
       break;
@@ -1044,6 +1078,7 @@ void WriteCache::write_through(InLine& place, Storage& storage, std::uint64_t of
         settle(lock, unit);
       });
       zero_map_.changed(blocks);
+      room_.wrote(blocks);
       witnesses_.changed(blocks);
       witnesses_.wrote(range, data, begun);
       header_.wrote(offset, data);
@@ -1269,27 +1304,24 @@ void WriteCache::read(Storage& storage, std::uint64_t offset, std::span<std::byt
 
 Storage::Extents WriteCache::extents(Storage& storage, const ByteRange& range, bool only_first) {
   ByteRanges owed;
+  ByteRanges reserved;
   if (!is_guest(storage)) {
     const Lock lock(mutex_);
+    reserved = room_.reserved_in(range);
     for_each_unit(lock, range, [&](Unit& unit) {
       owed.add(unit.dirty().inside(range));
       owed.add(unit.in_flight().inside(range));
     });
   }
   const ByteRange blocks = align_outward(range, storage.capabilities().minimum);
+  // What was reserved storage may call data, and clients would not have seen it allocated.
+  Storage::Extents without_reserved;
+  for (const Storage::Extent& extent : storage.extents(blocks, only_first))
+    overlay(without_reserved, {extent.range.intersection(range), extent.type}, reserved,
+            Storage::ExtentType::hole_and_zero);
   Storage::Extents overlaid;
-  for (const Storage::Extent& extent : storage.extents(blocks, only_first)) {
-    const ByteRange part = extent.range.intersection(range);
-    ByteRange rest = part;
-    for (const ByteRange& dirty : owed.inside(part)) {
-      if (rest.begin < dirty.begin)
-        overlaid.push_back({{rest.begin, dirty.begin}, extent.type});
-      overlaid.push_back({dirty, Storage::ExtentType::data});
-      rest.begin = dirty.end;
-    }
-    if (!rest.empty())
-      overlaid.push_back({rest, extent.type});
-  }
+  for (const Storage::Extent& extent : without_reserved)
+    overlay(overlaid, extent, owed, Storage::ExtentType::data);
   if (overlaid.empty()) {
     // Storage spoke only of bytes before the range, in the block that it begins in.
     const std::uint64_t block_end = align_up(range.begin + 1, storage.capabilities().minimum);
@@ -1332,6 +1364,10 @@ void WriteCache::zero(Storage& storage, const ByteRange& range,
           settle(lock, unit);
         });
         zero_map_.zeroed(blocks);
+        if (options.may_trim)
+          lose_room(lock, blocks);
+        else
+          room_.wrote(blocks); // a client wants to have it, whether it writes there or not
         witnesses_.changed(blocks);
         header_.zeroed(blocks);
         header_changed(lock, blocks);
@@ -1385,6 +1421,7 @@ void WriteCache::discard(const Lock& lock, const ByteRange& range) {
     unit.discard(range);
     settle(lock, unit);
   });
+  lose_room(lock, range);
   zero_map_.changed(range);
   witnesses_.changed(range);
   header_.forget(range);
@@ -1406,6 +1443,7 @@ void WriteCache::forget(const Lock& lock, const ByteRange& range) {
     unit.forget(range);
     settle(lock, unit);
   });
+  lose_room(lock, range);
   zero_map_.changed(range);
   header_.forget(range);
   for_each_unit(lock, HeaderWatch::watched(size_), [&](Unit& unit) {
@@ -1422,6 +1460,7 @@ void WriteCache::changed_by_guest(const Lock& lock, const ByteRange& range) {
     unit.forget(range);
     settle(lock, unit);
   });
+  lose_room(lock, range);
   zero_map_.changed(range);
   witnesses_.changed(range);
   header_.forget(range); // whose it is finds out who is trusted

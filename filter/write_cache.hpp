@@ -6,6 +6,7 @@
 #include "header_watch.hpp"
 #include "memory_budget.hpp"
 #include "range_lock.hpp"
+#include "room.hpp"
 #include "savings.hpp"
 #include "statistics.hpp"
 #include "storage.hpp"
@@ -57,6 +58,8 @@ enum class Absorbed {
   no_trust,
   /// Nobody has written down yet that something is held here: that first.
   unrecorded,
+  /// Nobody knows yet whether storage has room for it: reserve some first.
+  unreserved,
 };
 
 /// Bytes that are acknowledged to clients and that storage does not have.
@@ -116,6 +119,9 @@ public:
     /// Called after storage was changed in a range, by the thread that still owns it, with no mutex
     /// held; other caches over the same storage must then `forget` it.
     std::function<void(const ByteRange&)> changed_storage;
+    /// Room for what is held is reserved on storage in windows of this many bytes, before the first
+    /// write to each is acknowledged; 0: never.
+    std::uint64_t reserve = 0;
     /// Called before anything is held, to write down for after a crash that this is so, and when a
     /// flush, or the end of a connection, has left nothing. Where `hold` returns false it could not
     /// be written down, and the write goes through. Called with no mutex held, from several threads
@@ -225,7 +231,7 @@ public:
   /// The same for who has no storage of his own. A unit that nobody can write now is treated as one
   /// that storage refused. REQUIRES: `Settings::lend`.
   void write_next();
-  /// How many units wait to be written.
+  /// How many units wait to be written, and whether there is a window to be reserved.
   [[nodiscard]] std::size_t waiting() const;
   /// Queues what has been left behind by time, whatever the budget has become too small for, and,
   /// when it is time, one of the units that storage refused. To be called now and then where others
@@ -243,6 +249,11 @@ public:
   /// Where it is written down that something was held here storage is flushed, too, so that this
   /// can be crossed out. Returns storage's first error.
   std::error_code drain(Storage& storage);
+  /// Whether room is reserved that nobody has written to.
+  [[nodiscard]] bool has_reserved() const;
+  /// It is given back. To be called when the last connection that writes ends. Throws storage's
+  /// error when it does not tell what has been written.
+  void give_back_room(Storage& storage);
   /// Whether storage has everything.
   [[nodiscard]] bool clean() const;
   /// Where it counts, for others who count the same cache's requests.
@@ -304,6 +315,7 @@ private:
   using Begins = std::vector<std::uint64_t>;
   /// Units side by side that one thread has claimed.
   using Job = boost::container::small_vector<Unit*, 16>;
+  class Asking;
   class Claim;
   class InLine;
   struct Segment;
@@ -314,6 +326,7 @@ private:
   template <typename Function>
   void for_each_unit(const Lock& lock, const ByteRange& range, Function function);
   [[nodiscard]] bool caching(const Lock&) const;
+  [[nodiscard]] std::size_t waiting(const Lock&) const;
   [[nodiscard]] std::size_t most_fragments() const noexcept;
   [[nodiscard]] std::size_t bookkeeping() const noexcept;
   [[nodiscard]] std::shared_ptr<Unit::Buffer> take_buffer(const Lock&, const ByteRange& but);
@@ -383,6 +396,13 @@ private:
   void wake(std::size_t waiting) const;
   [[nodiscard]] bool record();
   void flush_storage(Storage& storage);
+  [[nodiscard]] bool has_room(const Lock&, const Storage& storage,
+                              const ByteRange& unit) const noexcept;
+  bool reserve(Storage& storage, const ByteRange& unit);
+  [[nodiscard]] bool ask_for_room(Storage& storage, const ByteRange& unit);
+  void prove_room(Storage& storage, const ByteRange& first, const ByteRanges& holes);
+  [[nodiscard]] bool reserve_ahead() noexcept;
+  void lose_room(const Lock& lock, const ByteRange& range) noexcept;
   [[nodiscard]] bool passes_as_it_came(const Storage& storage, const ByteRange& range) const;
   void write_through(InLine& place, Storage& storage, std::uint64_t offset,
                      std::span<const std::byte> data, bool fua);
@@ -461,6 +481,12 @@ private:
   Savings savings_;
   WriteRate rate_;
   ZeroMap zero_map_;
+  Room room_;
+  /// Somebody asks storage for room now.
+  bool asks_for_room_ = false;
+  std::condition_variable room_answered_;
+  /// For which a background writer is to ask.
+  std::optional<ByteRange> next_window_;
   HeaderWatch header_;
   std::uint64_t size_;
   /// Changed under the mutex, read without it by who only wants to know where to cut a request.

@@ -214,6 +214,8 @@ bool WriteCache::write_next(Storage& storage) {
 }
 
 void WriteCache::write_next() {
+  if (reserve_ahead())
+    return;
   Lock lock(mutex_);
   if (queue_.empty())
     return;
@@ -338,6 +340,7 @@ void WriteCache::write_claimed(Storage& storage, const Job& job,
     const Lock lock(mutex_);
     for (const Segment& segment : segments) {
       zero_map_.changed(segment.range);
+      room_.wrote(segment.range);
       witnesses_.wrote(segment.range, segment.bytes(), begun);
     }
     savings_.wrote(spared, requests);

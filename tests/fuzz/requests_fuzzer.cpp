@@ -60,6 +60,7 @@ WriteCache::Settings some_settings(fuzz::Input& input, bool background) {
   settings.cluster_size =
       input.one_of<std::optional<std::uint64_t>>({std::nullopt, 65536, 512, 131072});
   settings.max_write = input.one_of<std::uint64_t>({1048576, 65536, 200000});
+  settings.reserve = input.one_of<std::uint64_t>({0, 131072, 67108864});
   if (background) {
     // Nobody comes: what is queued waits until the input says otherwise.
     settings.wake_writer = [](std::size_t /*waiting*/) {};

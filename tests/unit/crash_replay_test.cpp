@@ -78,6 +78,7 @@ struct Setup {
   std::optional<std::uint64_t> cluster_size;
   std::uint64_t max_write;
   std::optional<std::chrono::milliseconds> expire;
+  std::uint64_t reserve;
 };
 
 template <typename Value>
@@ -101,6 +102,7 @@ Setup::Setup(std::mt19937_64& random) {
   max_write = one_of(random, {unit, 16 * unit});
   if (random() % 3 != 0)
     expire = std::chrono::milliseconds(one_of(random, {0, 3}));
+  reserve = one_of(random, {std::uint64_t{0}, 4 * unit, 64 * unit});
 }
 
 /// Where compressed clusters go next, as a qcow2 writer sees it.
@@ -283,6 +285,7 @@ void record(std::uint64_t seed, Recorded& recorded) {
   settings.cluster_size = setup.cluster_size;
   settings.max_write = setup.max_write;
   settings.expire = setup.expire;
+  settings.reserve = setup.reserve;
   settings.writeback = setup.writers > 0 ? &writeback : nullptr;
   Exports exports(settings, budget);
   writeback.start(setup.writers);

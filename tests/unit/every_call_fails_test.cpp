@@ -131,7 +131,8 @@ class Run {
 public:
   Run(const Setting& setting, const Fault& fault, unsigned nth)
       : setting_(setting), fault_(fault), faulty_(fault, nth),
-        serving_(setting.memory, setting.writers, setting.retry) {}
+        serving_(setting.memory, setting.writers, setting.retry, nullptr,
+                 setting.extents ? 4 * unit : 0) {}
 
   void connect(int client, std::uint64_t size) {
     Capabilities capabilities = MemoryStorage::everything(size);

@@ -3,8 +3,10 @@
 #include "copy_bytes.hpp"
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <iterator>
+#include <system_error>
 
 using qcowcache::ByteRange;
 using qcowcache::Capabilities;
@@ -39,6 +41,24 @@ void MemoryDisk::zero(const ByteRange& range, bool durable) {
   std::fill_n(at(now_, range.begin), range.size(), std::byte{0});
   if (durable)
     std::fill_n(at(durable_, range.begin), range.size(), std::byte{0});
+}
+
+void MemoryDisk::allocate(const ByteRange& range) {
+  const std::lock_guard lock(mutex_);
+  const ByteRange blocks = qcowcache::align_outward(range, 4096);
+  if (allocated_.bytes() + allocated_.missing(blocks).bytes() > room)
+    throw std::system_error(ENOSPC, std::generic_category(), "full");
+  allocated_.add(blocks);
+}
+
+void MemoryDisk::deallocate(const ByteRange& range) {
+  const std::lock_guard lock(mutex_);
+  allocated_.remove(qcowcache::align_inward(range, 4096));
+}
+
+qcowcache::ByteRanges MemoryDisk::allocated() const {
+  const std::lock_guard lock(mutex_);
+  return allocated_;
 }
 
 void MemoryDisk::flush() {
@@ -144,6 +164,7 @@ void MemoryStorage::do_read(std::uint64_t offset, std::span<std::byte> data) {
 void MemoryStorage::do_write(std::uint64_t offset, std::span<const std::byte> data, bool fua) {
   const Call call{Kind::write, {offset, offset + data.size()}, fua};
   begin(call, capabilities_.can_write);
+  disk_->allocate(call.range);
   disk_->write(offset, data, fua);
   end(call);
 }
@@ -156,8 +177,12 @@ void MemoryStorage::do_flush() {
 }
 
 void MemoryStorage::do_zero(const ByteRange& range, const ZeroOptions& options) {
-  const Call call{Kind::zero, range, options.fua};
+  const Call call{Kind::zero, range, options.fua, options.may_trim};
   begin(call, capabilities_.can_write && (!options.fast || capabilities_.can_fast_zero));
+  if (options.may_trim)
+    disk_->deallocate(range);
+  else
+    disk_->allocate(range);
   disk_->zero(range, options.fua);
   end(call);
 }
@@ -165,6 +190,7 @@ void MemoryStorage::do_zero(const ByteRange& range, const ZeroOptions& options) 
 void MemoryStorage::do_trim(const ByteRange& range, bool fua) {
   const Call call{Kind::trim, range, fua};
   begin(call, capabilities_.can_trim);
+  disk_->deallocate(range);
   disk_->zero(range, fua);
   end(call);
 }
@@ -179,12 +205,14 @@ qcowcache::Storage::Extents MemoryStorage::do_extents(const ByteRange& range, bo
   const Call call{Kind::extents, range, false};
   begin(call, capabilities_.can_extents);
   constexpr std::uint64_t block = 4096;
+  const qcowcache::ByteRanges data = zeros_are_data ? disk_->allocated() : qcowcache::ByteRanges();
   Extents found;
   bool complete = false;
   for (ByteRange rest = range; !rest.empty() && !complete;) {
     const ByteRange part{rest.begin,
                          std::min(rest.end, qcowcache::align_down(rest.begin, block) + block)};
-    const ExtentType type = disk_->all_zeros(part) ? ExtentType::hole_and_zero : ExtentType::data;
+    const bool hole = disk_->all_zeros(part) && !data.overlaps(part);
+    const ExtentType type = hole ? ExtentType::hole_and_zero : ExtentType::data;
     if (!found.empty() && found.back().type == type)
       found.back().range.end = part.end;
     else if (only_first && !found.empty())

@@ -2,7 +2,9 @@
 
 #include "storage.hpp"
 
+#include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -18,6 +20,14 @@ public:
   void write(std::uint64_t offset, std::span<const std::byte> data, bool durable);
   void zero(const qcowcache::ByteRange& range, bool durable);
   void flush();
+
+  /// Has blocks of 4096 bytes for the range. Throws ENOSPC, and has none of them then, where that
+  /// makes more than `room`.
+  void allocate(const qcowcache::ByteRange& range);
+  void deallocate(const qcowcache::ByteRange& range);
+  [[nodiscard]] qcowcache::ByteRanges allocated() const;
+  /// Bytes.
+  std::atomic<std::uint64_t> room = UINT64_MAX;
   [[nodiscard]] bool all_zeros(const qcowcache::ByteRange& range) const;
 
   /// What a read would return now, and what would be left after a power cut.
@@ -28,6 +38,7 @@ private:
   mutable std::mutex mutex_;
   std::vector<std::byte> now_;
   std::vector<std::byte> durable_;
+  qcowcache::ByteRanges allocated_;
 };
 
 /// Storage for tests: remembers each request, can be told to refuse or to wait, and keeps a list of
@@ -39,6 +50,7 @@ public:
     Kind kind;
     qcowcache::ByteRange range;
     bool fua;
+    bool may_trim = false;
   };
 
   /// Capabilities of a disk that can do everything, of `size` bytes.
@@ -53,6 +65,8 @@ public:
   std::function<void(const Call&)> before;
   /// Called once it was carried out: may throw, as storage does that fails late.
   std::function<void(const Call&)> after;
+  /// What is allocated it calls data, also where that is zeros.
+  bool zeros_are_data = false;
 
   [[nodiscard]] const qcowcache::Capabilities& capabilities() const noexcept override {
     return capabilities_;

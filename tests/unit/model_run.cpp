@@ -107,6 +107,8 @@ private:
       settings.expire = std::chrono::milliseconds(0);
     if (setup_.can_trim) // in about half of all runs
       settings.max_delay = std::chrono::milliseconds(1);
+    if (setup_.can_extents)
+      settings.reserve = 4 * WriteCache::least_unit_size;
     settings.writeback = setup_.background ? &writeback_ : nullptr;
     settings.report_loss = [this](const std::string& /*name*/, const Unsaved& lost) {
       lost_.add(lost.ranges);

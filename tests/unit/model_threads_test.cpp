@@ -106,6 +106,7 @@ private:
     settings.expire = std::chrono::milliseconds(20);
     if (chosen_.seed % 2 == 0)
       settings.max_delay = std::chrono::milliseconds(chosen_.seed % 50);
+    settings.reserve = chosen_.seed % 3 * 4 * unit;
     settings.writeback = chosen_.background_writers > 0 ? &writeback_ : nullptr;
     settings.report_loss = [this](const std::string& /*name*/, const Unsaved& /*lost*/) {
       wrong("bytes were lost");

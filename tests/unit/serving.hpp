@@ -20,11 +20,12 @@
 /// Exports as the server has them, with background writers or without.
 class Serving {
 public:
-  /// `memory` in bytes; `retry` as in `WriteCache::Settings`; `unclean`, if any, outlives it.
+  /// `memory` in bytes; `retry` as in `WriteCache::Settings`; `unclean`, if any, outlives it;
+  /// `reserve` in bytes.
   Serving(std::size_t memory, unsigned writers,
           std::chrono::milliseconds retry = qcowcache::WriteCache::Settings().retry,
-          qcowcache::UncleanFile* unclean = nullptr)
-      : budget_(memory), exports_(settings(writers, retry, unclean), budget_) {
+          qcowcache::UncleanFile* unclean = nullptr, std::uint64_t reserve = 0)
+      : budget_(memory), exports_(settings(writers, retry, unclean, reserve), budget_) {
     writeback_.start(writers);
   }
   Serving(const Serving&) = delete;
@@ -45,9 +46,10 @@ public:
 
 private:
   qcowcache::Export::Settings settings(unsigned writers, std::chrono::milliseconds retry,
-                                       qcowcache::UncleanFile* unclean) {
+                                       qcowcache::UncleanFile* unclean, std::uint64_t reserve) {
     qcowcache::Export::Settings settings;
     settings.unclean = unclean;
+    settings.reserve = reserve;
     settings.expire = std::chrono::milliseconds(50);
     settings.writeback = writers > 0 ? &writeback_ : nullptr;
     settings.report_loss = [this](const std::string&, const qcowcache::Unsaved& unsaved) {

@@ -1,0 +1,96 @@
+#include "room.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <new>
+#include <utility>
+
+namespace qcowcache {
+
+Room::Room(std::uint64_t largest) noexcept : largest_(std::bit_floor(largest)), window_(largest_) {}
+
+void Room::give_up() noexcept {
+  largest_ = 0;
+  there_.clear();
+}
+
+ByteRange Room::window(const ByteRange& unit, std::uint64_t size) const noexcept {
+  const std::uint64_t bytes = std::max(window_, unit.size());
+  const std::uint64_t begin = align_down(unit.begin, bytes);
+  return ByteRange{begin, begin + bytes}.intersection({0, size});
+}
+
+std::optional<ByteRange> Room::next_window(const ByteRange& unit,
+                                           std::uint64_t size) const noexcept {
+  if (!proven_ || !asks() || window_ != largest_)
+    return std::nullopt;
+  const ByteRange now = window(unit, UINT64_MAX);
+  const ByteRange next = ByteRange{now.end, now.end + now.size()}.intersection({0, size});
+  if (unit.begin < now.begin + now.size() / 2 || next.empty() || there_.contains(next))
+    return std::nullopt;
+  return next;
+}
+
+void Room::smaller(std::uint64_t least) noexcept {
+  window_ = std::max(window_ / 2, std::min(window_, least));
+}
+
+void Room::larger() noexcept {
+  window_ = std::min(window_ * 2, largest_);
+}
+
+void Room::found(const ByteRange& range) {
+  there_.add(range);
+  keep_small();
+}
+
+void Room::reserved(const ByteRange& range) {
+  reserved_.add(range);
+  there_.add(range);
+  keep_small();
+}
+
+void Room::wrote(const ByteRange& range) noexcept {
+  if (!reserved_.overlaps(range))
+    return;
+  try {
+    reserved_.remove(range);
+  } catch (const std::bad_alloc&) {
+    reserved_.clear();
+  }
+}
+
+void Room::gone(const ByteRange& range) noexcept {
+  wrote(range);
+  try {
+    there_.remove(range);
+  } catch (const std::bad_alloc&) {
+    there_.clear();
+  }
+}
+
+ByteRanges Room::give_back(const ByteRanges& still_needed) {
+  ByteRanges back = reserved_;
+  back.remove(still_needed);
+  ByteRanges kept = reserved_;
+  kept.remove(back);
+  ByteRanges there = there_;
+  there.remove(back);
+  reserved_ = std::move(kept);
+  there_ = std::move(there);
+  return back;
+}
+
+void Room::clear() noexcept {
+  there_.clear();
+  reserved_.clear();
+}
+
+void Room::keep_small() {
+  for (ByteRanges* const ranges : {&there_, &reserved_}) {
+    while (ranges->count() > most_ranges)
+      ranges->remove(ByteRange{*ranges->begin()});
+  }
+}
+
+} // namespace qcowcache

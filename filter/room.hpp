@@ -1,0 +1,85 @@
+#pragma once
+
+#include "byte_ranges.hpp"
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+
+namespace qcowcache {
+
+/// Where storage has room for what clients write, as far as that is known, and what of it was
+/// reserved for them: allocated, without anything in it but zeros.
+///
+/// Storage is asked in windows, so that it is asked seldom. Where it has too little room for one
+/// they become smaller, down to a unit, and larger again as soon as one fits.
+///
+/// Remembers a bounded number of ranges: room that does not fit is asked for once more, or stays
+/// reserved. Not thread safe: guarded by the cache's mutex.
+class Room {
+public:
+  /// No more ranges than this are remembered, of either kind.
+  static constexpr std::size_t most_ranges = 4096;
+
+  /// Windows of `largest` bytes, rounded down to a power of two; 0: storage is never asked.
+  explicit Room(std::uint64_t largest) noexcept;
+
+  /// Whether storage is asked: nobody knows yet that it cannot reserve.
+  [[nodiscard]] bool asks() const noexcept { return largest_ > 0; }
+  /// It cannot: it is not asked again, and room counts as there.
+  void give_up() noexcept;
+  /// It can: what it was asked for it has allocated, and still calls a hole.
+  void prove() noexcept { proven_ = true; }
+  [[nodiscard]] bool proven() const noexcept { return proven_; }
+
+  /// Whether there is room for all of `range`, or nobody can tell.
+  [[nodiscard]] bool has(const ByteRange& range) const noexcept {
+    return !asks() || there_.contains(range);
+  }
+  /// The parts of `range` for which it is known that there is room.
+  [[nodiscard]] ByteRanges known_in(const ByteRange& range) const { return there_.inside(range); }
+  /// What storage is to be asked for next so that `unit`, which begins on a multiple of its size, a
+  /// power of two, has room: inside an export of `size` bytes.
+  [[nodiscard]] ByteRange window(const ByteRange& unit, std::uint64_t size) const noexcept;
+  /// Clients have come to `unit`, a new one, in the second half of its window: the one behind it,
+  /// if there is one, and its room is not known. Nothing while room is scarce.
+  [[nodiscard]] std::optional<ByteRange> next_window(const ByteRange& unit,
+                                                     std::uint64_t size) const noexcept;
+  /// Storage has no room for a window of this size: half as much next time, if that is not less
+  /// than `least`.
+  void smaller(std::uint64_t least) noexcept;
+  /// It has had room: twice as much next time, as far as that was ever wanted.
+  void larger() noexcept;
+
+  /// There is room in `range`. Throws std::bad_alloc; nothing is known then that was not before.
+  void found(const ByteRange& range);
+  /// The same, because storage was asked to reserve it.
+  void reserved(const ByteRange& range);
+  /// A client's bytes are there now, or zeros that it wants to have room for.
+  void wrote(const ByteRange& range) noexcept;
+  /// Maybe there is no room there any more.
+  void gone(const ByteRange& range) noexcept;
+
+  /// Whether something is reserved that no client has written to, and where: it reads as zeros, and
+  /// clients take it for a hole.
+  [[nodiscard]] bool has_reserved() const noexcept { return !reserved_.empty(); }
+  [[nodiscard]] ByteRanges reserved_in(const ByteRange& range) const {
+    return reserved_.inside(range);
+  }
+  /// What is reserved, but for `still_needed`, is to be given back: there is no room there any
+  /// more. Throws std::bad_alloc, and has changed nothing then.
+  [[nodiscard]] ByteRanges give_back(const ByteRanges& still_needed);
+  /// Everything that was learned goes.
+  void clear() noexcept;
+
+private:
+  void keep_small();
+
+  std::uint64_t largest_;
+  std::uint64_t window_;
+  bool proven_ = false;
+  ByteRanges there_;
+  ByteRanges reserved_;
+};
+
+} // namespace qcowcache

@@ -1,0 +1,298 @@
+// The part of WriteCache in write_room.cpp.
+
+#include "catch.hpp"
+#include "image_bytes.hpp"
+#include "memory_storage.hpp"
+#include "serving.hpp"
+#include "watched_thread.hpp"
+#include "write_cache.hpp"
+
+#include <atomic>
+#include <cerrno>
+#include <latch>
+#include <memory>
+#include <optional>
+#include <system_error>
+#include <vector>
+
+using namespace qcowcache;
+using Kind = MemoryStorage::Kind;
+
+namespace {
+
+constexpr std::uint64_t unit = WriteCache::least_unit_size;
+constexpr std::uint64_t window = 16 * unit;
+constexpr std::uint64_t disk_size = 4 * window;
+
+/// A cache that reserves, without background writers.
+struct Bench {
+  explicit Bench(const Capabilities& capabilities = MemoryStorage::everything(disk_size))
+      : budget(std::size_t{64} * 1024 * 1024), storage(capabilities) {
+    WriteCache::Settings settings;
+    settings.cluster_size = unit;
+    settings.reserve = window;
+    cache = std::make_shared<WriteCache>(std::move(settings), capabilities, ranges, budget);
+    budget.add_holder(cache);
+  }
+
+  /// Storage's or the cache's answer.
+  int write(std::uint64_t offset, std::span<const std::byte> data, bool fua = false) {
+    try {
+      cache->write(storage, offset, data, fua);
+    } catch (const std::system_error& error) {
+      return error.code().value();
+    }
+    return 0;
+  }
+  [[nodiscard]] std::vector<std::byte> on_disk(std::uint64_t offset, std::size_t size) const {
+    std::vector<std::byte> data(size);
+    storage.disk().read(offset, data);
+    return data;
+  }
+  /// Bytes that storage has allocated.
+  [[nodiscard]] std::uint64_t allocated() const { return storage.disk().allocated().bytes(); }
+  [[nodiscard]] std::uint64_t counted(Count what) const {
+    return cache->counters()->totals()[what];
+  }
+
+  RangeLock ranges;
+  MemoryBudget budget;
+  MemoryStorage storage;
+  std::shared_ptr<WriteCache> cache;
+};
+
+} // namespace
+
+TEST_CASE("a window has room before the first write to it is acknowledged", "[write_room]") {
+  Bench bench;
+  CHECK(bench.write(3 * unit + 100, pattern(100, 1)) == 0);
+  CHECK(bench.storage.disk().allocated() == ByteRanges({0, window}));
+  CHECK(bench.storage.calls(Kind::write).empty());
+  const std::size_t calls = bench.storage.calls().size();
+  for (std::uint64_t i = 0; i < 16; ++i)
+    CHECK(bench.write(i * unit + 300, pattern(100, 2)) == 0);
+  CHECK(bench.storage.calls().size() == calls);
+  CHECK(bench.write(2 * window - 5, pattern(1000, 3)) == 0); // this one, and that behind it
+  CHECK(bench.storage.disk().allocated() == ByteRanges({0, 3 * window}));
+  CHECK(bench.counted(Count::reservations) == 3);
+  CHECK(bench.counted(Count::reserved_bytes) == 3 * window);
+  bench.cache->flush(bench.storage);
+  CHECK(bench.storage.calls(Kind::read).empty()); // it is all zeros
+  CHECK(bench.on_disk(2 * window - 5, 1000) == pattern(1000, 3));
+  CHECK(bench.storage.violations().empty());
+}
+
+TEST_CASE("only holes are reserved, and what is there stays", "[write_room]") {
+  Bench bench;
+  const auto old = pattern(3 * unit, 1);
+  bench.storage.write(unit, old, false);
+  bench.storage.forget_calls();
+  SECTION("some") {
+    CHECK(bench.write(2 * unit, pattern(100, 2)) == 0);
+    CHECK(bench.storage.disk().allocated() == ByteRanges({0, window}));
+    CHECK(bench.counted(Count::reserved_bytes) == window - 3 * unit);
+  }
+  SECTION("very many") {
+    for (std::uint64_t block = 0; block < 200; block += 2)
+      bench.storage.write(5 * unit + block * 4096, pattern(4096, 3), false);
+    CHECK(bench.write(4 * unit, pattern(100, 2)) == 0);
+    CHECK(bench.counted(Count::reserved_bytes) == unit);
+  }
+  SECTION("none") {
+    bench.storage.write(0, pattern(window, 4), false);
+    bench.storage.forget_calls();
+    CHECK(bench.write(4 * unit, pattern(100, 2)) == 0);
+    CHECK(bench.storage.calls(Kind::zero).empty());
+    CHECK(bench.counted(Count::reservations) == 0);
+    return;
+  }
+  CHECK(bench.on_disk(unit, 3 * unit) == old);
+}
+
+TEST_CASE("on storage that is nearly full each write that fits is taken, and no other",
+          "[write_room]") {
+  // From nothing to a window and more, in steps that are no multiples of a unit.
+  const std::uint64_t room = GENERATE(range(std::uint64_t{0}, window + 3 * unit, 13 * unit / 8));
+  Bench bench;
+  bench.storage.disk().room = align_down(room, 4096);
+  const bool in_order = GENERATE(true, false);
+  std::vector<std::uint64_t> taken;
+  bool refused = false;
+  for (std::uint64_t i = 0; i < 20; ++i) {
+    const std::uint64_t offset = (in_order ? i : i * 7 % 20) * unit;
+    const int answer = bench.write(offset, pattern(unit, static_cast<unsigned>(i)));
+    if (answer == 0)
+      taken.push_back(i);
+    else
+      CHECK(answer == ENOSPC);
+    refused = refused || answer != 0;
+  }
+  CHECK(refused);
+  CHECK(taken.size() == room / unit);
+  bench.cache->flush(bench.storage); // for which there is room
+  for (const std::uint64_t i : taken)
+    CHECK(bench.on_disk((in_order ? i : i * 7 % 20) * unit, unit) ==
+          pattern(unit, static_cast<unsigned>(i)));
+  CHECK(bench.cache->clean());
+}
+
+TEST_CASE("small writes fill what room there is", "[write_room]") {
+  Bench bench;
+  bench.storage.disk().room = unit + 3 * 4096;
+  int answer = 0;
+  std::uint64_t end = 0;
+  for (; answer == 0; end += 1000)
+    answer = bench.write(end, pattern(1000, static_cast<unsigned>(end)));
+  CHECK(answer == ENOSPC);
+  CHECK(end - 1000 > unit + 2 * 4096);
+  bench.cache->flush(bench.storage);
+  for (std::uint64_t at = 0; at + 1000 < end; at += 1000)
+    CHECK(bench.on_disk(at, 1000) == pattern(1000, static_cast<unsigned>(at)));
+  // As soon as there is more, it is used again.
+  bench.storage.disk().room = UINT64_MAX;
+  CHECK(bench.write(end, pattern(1000, 1)) == 0);
+  CHECK_FALSE(bench.cache->clean());
+}
+
+TEST_CASE("storage that cannot reserve is not asked again", "[write_room]") {
+  Capabilities capabilities = MemoryStorage::everything(disk_size);
+  const unsigned reason = GENERATE(range(0U, 7U));
+  capabilities.can_zero = reason != 0;
+  capabilities.can_extents = reason != 1;
+  capabilities.maximum = reason == 2 ? 65536 : UINT32_MAX;
+  capabilities.can_fast_zero = reason % 2 == 0;
+  Bench bench(capabilities);
+  bench.storage.zeros_are_data = reason == 3;
+  const std::vector<int> errors{ENOTSUP, EIO, EPERM};
+  if (reason > 3)
+    bench.storage.before = [&](const MemoryStorage::Call& call) {
+      if (call.kind == Kind::zero)
+        throw std::system_error(errors.at(reason - 4), std::generic_category(), "refused");
+    };
+  for (std::uint64_t i = 0; i < 20; ++i)
+    CHECK(bench.write(i * 3 * unit, pattern(100, 1)) == 0);
+  CHECK(bench.storage.calls(Kind::zero).size() == (reason < 3 ? 0 : 1));
+  CHECK(bench.allocated() == (reason == 3 ? unit : 0)); // no more than a try
+  CHECK(bench.storage.calls(Kind::write).empty());
+  CHECK(bench.counted(Count::reservations) == 0);
+  CHECK(bench.storage.violations().empty());
+}
+
+TEST_CASE("room that was not needed is given back", "[write_room]") {
+  Bench bench;
+  bench.storage.write(0, pattern(5000, 1), false);
+  CHECK(bench.write(unit + 100, pattern(9000, 2)) == 0);
+  CHECK(bench.write(6 * unit, pattern(unit, 3)) == 0);
+  CHECK(bench.allocated() == window);
+  bench.cache->flush(bench.storage);
+  CHECK(bench.cache->has_reserved());
+  bench.cache->give_back_room(bench.storage);
+  CHECK_FALSE(bench.cache->has_reserved());
+  CHECK(bench.allocated() == 2 * 4096 + 3 * 4096 + unit);
+  CHECK(bench.on_disk(unit + 100, 9000) == pattern(9000, 2));
+  CHECK(bench.on_disk(0, 5000) == pattern(5000, 1));
+  // Who comes after that asks again; what is still in memory keeps its room.
+  CHECK(bench.write(9 * unit, pattern(100, 4)) == 0);
+  CHECK(bench.allocated() == window);
+  bench.cache->give_back_room(bench.storage);
+  CHECK(bench.allocated() == 2 * 4096 + 3 * 4096 + 2 * unit);
+  bench.cache->flush(bench.storage);
+}
+
+TEST_CASE("where a client trims, or zeros, room is looked for again", "[write_room]") {
+  Bench bench;
+  CHECK(bench.write(unit, pattern(9000, 1)) == 0);
+  const ByteRange range{0, 8 * unit};
+  const auto asks_again = [&] {
+    CHECK(bench.allocated() == 8 * unit);
+    CHECK(bench.write(2 * unit, pattern(100, 1)) == 0);
+    CHECK(bench.allocated() == window);
+  };
+  SECTION("a trim") {
+    bench.cache->trim(bench.storage, range, false);
+    asks_again();
+  }
+  SECTION("zeros that may be a hole") {
+    bench.cache->zero(bench.storage, range, {true});
+    asks_again();
+  }
+  SECTION("zeros that are to have room, which is the client's") {
+    bench.cache->zero(bench.storage, range, {});
+    bench.cache->give_back_room(bench.storage);
+    CHECK(bench.allocated() == 8 * unit);
+  }
+}
+
+TEST_CASE("what is reserved clients take for a hole", "[write_room]") {
+  Bench bench;
+  CHECK(bench.write(unit, pattern(4096, 1)) == 0);
+  bench.cache->flush(bench.storage);
+  bench.storage.zeros_are_data = true; // as where somebody has read it
+  const auto extents = bench.cache->extents(bench.storage, {0, window}, false);
+  REQUIRE(extents.size() == 3);
+  CHECK(extents[0].type == Storage::ExtentType::hole_and_zero);
+  CHECK(extents[0].range == ByteRange{0, unit});
+  CHECK(extents[1].type == Storage::ExtentType::data);
+  CHECK(extents[1].range == ByteRange{unit, unit + 4096});
+  CHECK(extents[2].type == Storage::ExtentType::hole_and_zero);
+  CHECK(extents[2].range.end == window);
+}
+
+TEST_CASE("one asks, and others wait for the answer if they need it", "[write_room]") {
+  Bench bench;
+  std::latch asked{1};
+  std::latch answered{1};
+  bench.storage.before = [&, first = true](const MemoryStorage::Call& call) mutable {
+    if (call.kind == Kind::zero && std::exchange(first, false)) {
+      asked.count_down();
+      answered.wait();
+    }
+  };
+  int answer = -1;
+  WatchedThread one([&] { answer = bench.write(unit, pattern(100, 1)); });
+  asked.wait();
+  int other_answer = -1;
+  WatchedThread other([&] { other_answer = bench.write(5 * unit, pattern(100, 2)); });
+  CHECK(other.waits());
+  std::vector<std::byte> data(100);
+  bench.cache->read(bench.storage, 0, data); // who reads does not
+  answered.count_down();
+  REQUIRE(one.ends());
+  REQUIRE(other.ends());
+  CHECK(answer == 0);
+  CHECK(other_answer == 0);
+  CHECK(bench.counted(Count::reservations) == 1);
+}
+
+TEST_CASE("who writes in order has room waiting for him, and nothing is left reserved",
+          "[write_room]") {
+  Serving serving(std::size_t{64} * 1024 * 1024, 4, WriteCache::Settings().retry, nullptr, window);
+  const auto disk = std::make_shared<MemoryDisk>(disk_size);
+  disk->write(0, qcow2_header(16), true);
+  disk->allocate({0, 4096});
+  const Capabilities capabilities = MemoryStorage::everything(disk_size);
+  std::latch reached{1};
+  std::latch open{1};
+  std::atomic<unsigned> windows = 0;
+  {
+    Client client(serving, "a", disk, capabilities, [&](const MemoryStorage::Call& call) {
+      if (call.kind == Kind::zero && call.range.begin == window && ++windows == 1) {
+        reached.count_down();
+        open.wait();
+      }
+    });
+    // Storage is asked for the second window while the client is still in the first.
+    for (std::uint64_t i = 1; i < 16; ++i)
+      client.write(i * unit, pattern(100, static_cast<unsigned>(i)));
+    reached.wait();
+    open.count_down();
+    for (std::uint64_t i = 16; i < 32; ++i)
+      client.write(i * unit, pattern(100, static_cast<unsigned>(i)));
+    CHECK(disk->allocated().bytes() >= 2 * window);
+    Client reader(serving, "a", disk, capabilities);
+    CHECK(reader.read(16 * unit, 100) == pattern(100, 16));
+    client.leave();
+    CHECK(disk->allocated().bytes() == 32 * 4096);
+  }
+  CHECK(windows == 1);
+}
