@@ -19,6 +19,7 @@ public:
   void wrote(std::uint64_t without, std::uint64_t with) noexcept;
   /// As long as nothing is known it does.
   [[nodiscard]] bool pays() const noexcept;
+  [[nodiscard]] bool known() const noexcept { return with_ > 0; }
 
 private:
   double without_ = 0;

@@ -196,8 +196,9 @@ bool WriteCache::beyond_delay(const Lock& /*lock*/) const {
 /// that no writer of images fills at once, and no more than leave some memory before clients have
 /// to wait for it.
 std::size_t WriteCache::enough_unclean(const Lock& /*lock*/) const {
-  // Where holding does not pay, what is held is what a flush has to write in the end.
-  const std::size_t most = savings_.pays() ? 128 : 16;
+  // Where holding does not pay, what is held is what a flush has to write in the end, and the few
+  // writers of many exports may not come to it before.
+  const std::size_t most = !savings_.pays() ? 16 : savings_.known() ? 128 : 32;
   return std::min(most, budget_.limit() / 8 * 3 / (unit_size_ + bookkeeping()));
 }
 

@@ -264,6 +264,19 @@ end_of_nbdkit ()
     unset "server_pid[$1]"
 }
 
+# start_o_direct DISK: serves the file as a disk that nothing caches, at
+# $work/direct.sock; stop_nbdkit direct ends it.
+start_o_direct ()
+{
+    rm -f "$work/direct.pid"
+    qemu-nbd --cache=none --aio=native --persistent --shared=0 -f raw -k "$work/direct.sock" \
+        --pid-file="$work/direct.pid" "$1" >"$work/direct.err" 2>&1 &
+    server_pid[direct]=$!
+    cleanup_fn kill_server direct
+    wait_until 30 server_is_up_or_gone direct || fail "qemu-nbd does not start to serve"
+    if server_has_ended direct; then fail "qemu-nbd does not serve: $(cat "$work/direct.err")"; fi
+}
+
 stop_nbdkit ()
 {
     if server_has_ended "$1"; then

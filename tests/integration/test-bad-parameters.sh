@@ -60,6 +60,7 @@ has_parameter qcowcache-size-file || fail "--help does not name qcowcache-size-f
 has_parameter qcowcache-writers || fail "--help does not name qcowcache-writers"
 has_parameter qcowcache-max-write || fail "--help does not name qcowcache-max-write"
 has_parameter qcowcache-max-delay || fail "--help does not name qcowcache-max-delay"
+has_parameter qcowcache-reserve || fail "--help does not name qcowcache-reserve"
 has_parameter qcowcache-expire || fail "--help does not name qcowcache-expire"
 
 for value in -1 +1 65 junk 4k 0x4 1000000 1.5 " 4" 4294967296 18446744073709551616 ""; do
@@ -67,6 +68,9 @@ for value in -1 +1 65 junk 4k 0x4 1000000 1.5 " 4" 4294967296 184467440737095516
 done
 for value in junk -1 0 65535 63K 33554433 33M 1MB 1Q 9223372036854775808 99999999999999999999 ""; do
     refused qcowcache-max-write "$value" "from 64K to 32M"
+done
+for value in junk -1 1 64K 2097151 1025M 64MB 99999999999999999999 ""; do
+    refused qcowcache-reserve "$value" "from 2M to 1G, or 0"
 done
 for value in junk never -1 86401 5s 1.5 0x5 18446744073709551616 99999999999999999999 ""; do
     refused qcowcache-expire "$value" "from 0 to 86400"
@@ -113,6 +117,7 @@ for good in qcowcache-size=0 qcowcache-size=1 qcowcache-size=1G qcowcache-size=6
     qcowcache-writers=0 qcowcache-writers=64 qcowcache-max-write=65536 qcowcache-max-write=32M \
     qcowcache-expire=0 qcowcache-expire=86400 \
     qcowcache-max-delay=0 qcowcache-max-delay=86400 \
+    qcowcache-reserve=0 qcowcache-reserve=2M qcowcache-reserve=1G \
     "qcowcache-stats=$work/stats.json" qcowcache-stats-interval=0 \
     "qcowcache-unclean=$work/unclean"; do
     start_nbdkit good --filter="$FILTER" file "$work/disk" "$good"

@@ -100,12 +100,7 @@ done
 
 echo "storage opened with O_DIRECT"
 fresh_file "$disks/disk" "$total"
-qemu-nbd --cache=none --aio=native --persistent --shared=0 -f raw -k "$work/direct.sock" \
-    --pid-file="$work/direct.pid" "$disks/disk" >"$work/direct.err" 2>&1 &
-server_pid[direct]=$!
-cleanup_fn kill_server direct
-wait_until 30 server_is_up_or_gone direct || fail "qemu-nbd does not start to serve"
-if server_has_ended direct; then fail "qemu-nbd does not serve: $(cat "$work/direct.err")"; fi
+start_o_direct "$disks/disk"
 start_nbdkit server --filter="$FILTER" --filter=log nbd socket="$work/direct.sock" \
     logfile="$work/below.log" qcowcache-cluster-size=64K qcowcache-size=2M
 write_and_verify "O_DIRECT"

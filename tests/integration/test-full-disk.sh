@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # A disk that runs full while an image is written to it: qemu-img fails, as it does
-# without the filter, for what comes after the first write that storage refuses is
-# not taken on trust.  So it does with any other error.  Only where the room ends
-# with what the last flush writes is there nobody left to tell (see LIMIT).
+# without the filter, for a write is acknowledged only when there is room for it.
+# So it does with any other error, for what comes after the first write that storage
+# refuses is not taken on trust.
+#
+#   LONG=1   every twentieth of the room that the image needs, on all filesystems
 
 # shellcheck disable=SC2034  # for functions.sh
 own_mounts=1
@@ -10,7 +12,6 @@ own_mounts=1
 source "$(dirname "$0")/functions.sh"
 set -e
 
-LIMIT=128 # KiB
 "$PYTHON" -c "
 import random, sys
 random.seed(9)
@@ -18,19 +19,24 @@ with open(sys.argv[1], 'wb') as file:
     for cluster in range(320):
         file.write(random.randbytes(40000) + bytes((1 << 16) - 40000))
 " "$work/guest"
-qemu-img convert -c -f raw -O qcow2 "$work/guest" "$work/image"
-needed=$(du -k "$work/image" | cut -f1)
 
-# fails ORDER SERVER-ARGUMENT...: qemu-img does, and says so
+# convert ORDER COMPRESSION SERVER-ARGUMENT...: leaves its status in $status
+convert ()
+{
+    local order=$1 compression=$2
+    shift 2
+    status=0
+    start_nbdkit server "$@"
+    # shellcheck disable=SC2086  # none, or several options
+    qemu-img convert -c $order -f raw -O qcow2 -o compression_type="$compression" \
+        "$work/guest" "$(uri server)" 2>"$work/convert.err" || status=$?
+    stop_nbdkit server
+}
+# fails ORDER COMPRESSION SERVER-ARGUMENT...: qemu-img does, and says so
 fails ()
 {
-    local order=$1 status=0
-    shift
-    start_nbdkit server --filter="$FILTER" "$@"
-    # shellcheck disable=SC2086  # none, or several options
-    qemu-img convert -c $order -f raw -O qcow2 "$work/guest" "$(uri server)" 2>"$work/convert.err" || status=$?
-    stop_nbdkit server
-    [ "$status" -ne 0 ] || fail "exit status 0: $*, order '$order': $(cat "$work/convert.err")"
+    convert "$@"
+    [ "$status" -ne 0 ] || fail "exit status 0: $*: $(cat "$work/convert.err")"
     [ -s "$work/convert.err" ] || fail "fails without a word"
 }
 
@@ -42,26 +48,71 @@ for order in "" "-W -m 16"; do
         rm -f "$work/broken" "$work/below.log"
         touch "$work/below.log"
         (wait_until 60 written "$writes" && touch "$work/broken") &
-        fails "$order -r 12M" --filter=log --filter=error file "$work/disk" \
+        fails "$order -r 12M" zlib --filter="$FILTER" --filter=log --filter=error file "$work/disk" \
             logfile="$work/below.log" qcowcache-max-write=64K \
             error-pwrite=EIO error-pwrite-rate=100% error-pwrite-file="$work/broken"
         wait $!
     done
 done
 
-if small_filesystem "$work/small" 1M; then
+if ! small_filesystem "$work/small" 1M; then
+    exit 0
+fi
+unmount "$work/small"
+
+# needs COMPRESSION: KiB of a file that has the image
+needs ()
+{
+    qemu-img convert -c -f raw -O qcow2 -o compression_type="$1" "$work/guest" "$work/image"
+    du -k "$work/image" | cut -f1
+}
+# ext4 KIB: a filesystem with so much room, on $work/small
+ext4 ()
+{
+    fresh_file "$work/ext4" 96M
+    mkfs.ext4 -q -F -m 0 "$work/ext4"
+    mkdir -p "$work/small"
+    mount -o loop "$work/ext4" "$work/small"
+    cleanup_fn unmount "$work/small"
+    : >"$work/small/disk"
+    local free
+    free=$(df --output=avail -k "$work/small" | tail -1)
+    fallocate -l "$((free - $1))K" "$work/small/filler"
+}
+tmpfs () { small_filesystem "$work/small" "${1}k"; }
+# full FILESYSTEM KIB ORDER COMPRESSION PLUGIN-ARGUMENT...
+full ()
+{
+    local filesystem=$1 room=$2
+    shift 2
+    "$filesystem" "$room"
+    truncate -s 64M "$work/small/disk"
+    [ "$3" != nbd ] || start_o_direct "$work/small/disk"
+    fails "$1" "$2" --filter="$FILTER" "${@:3}"
+    [ "$3" != nbd ] || stop_nbdkit direct
     unmount "$work/small"
+}
+
+for compression in zlib zstd; do
+    needed=$(needs "$compression")
+    rooms=()
+    for part in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19; do
+        rooms+=($((needed * part / 20)))
+    done
+    few=("${rooms[1]}" "${rooms[10]}" "${rooms[18]}")
+    for short in 1024 512 256 128 64 16 4; do
+        rooms+=($((needed - short)))
+    done
+    few+=($((needed - 128)) $((needed - 64)) $((needed - 4)))
+    [ "${LONG:-}" = 1 ] || rooms=("${few[@]}")
     for order in "" "-W -m 16"; do
-        for room in 1 2 5 10 15 18 19 end; do
-            if [ "$room" = end ]; then
-                room=$((needed - LIMIT))
-            else
-                room=$((needed * room / 20))
-            fi
-            small_filesystem "$work/small" "${room}k"
-            truncate -s 64M "$work/small/disk"
-            fails "$order" file "$work/small/disk"
-            unmount "$work/small"
+        for room in "${rooms[@]}"; do
+            full tmpfs "$room" "$order" "$compression" file "$work/small/disk"
+            # Its own tables take room as well.
+            [ "$compression" = zlib ] || [ "${LONG:-}" = 1 ] || continue
+            full ext4 "$room" "$order" "$compression" file "$work/small/disk"
+            full ext4 "$room" "$order" "$compression" file "$work/small/disk" cache=none
+            full ext4 "$room" "$order" "$compression" nbd socket="$work/direct.sock"
         done
     done
-fi
+done

@@ -27,7 +27,8 @@ COUNTS = {
     "client_read_bytes", "client_flushes", "client_zeros", "client_trims", "storage_writes",
     "storage_written_bytes", "merged_writes", "whole_units", "writes_through", "storage_reads",
     "storage_read_bytes", "fill_up_reads", "fill_up_read_bytes", "storage_flushes",
-    "storage_zeros", "storage_trims", "memory_wait_seconds", "refused_writes", "retries",
+    "storage_zeros", "storage_trims", "reservations", "reserved_bytes", "refused_reservations",
+    "memory_wait_seconds", "refused_writes", "retries",
     "lost_bytes", "verified_deflate_clusters", "verified_deflate_bytes", "verified_zstd_clusters",
     "verified_zstd_bytes", "unreadable_alarms",
 }

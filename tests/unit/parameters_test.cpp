@@ -238,6 +238,15 @@ TEST_CASE("qcowcache-max-delay takes seconds up to a day, and 0 for no bound", "
   CHECK(parameters.max_delay() == std::chrono::hours(24));
 }
 
+TEST_CASE("qcowcache-reserve takes a size, and 0 for never", "[parameters]") {
+  Parameters parameters;
+  CHECK(parameters.reserve() == std::uint64_t{64} * 1024 * 1024);
+  CHECK(parameters.set("qcowcache-reserve", "0"));
+  CHECK(parameters.reserve() == 0);
+  CHECK(parameters.set("qcowcache-reserve", "2M"));
+  CHECK(parameters.reserve() == std::uint64_t{2} * 1024 * 1024);
+}
+
 TEST_CASE("qcowcache-size-file takes a name, which is made absolute at once", "[parameters]") {
   Parameters parameters;
   CHECK(parameters.set("qcowcache-size-file", "/run/size"));
@@ -332,6 +341,7 @@ TEST_CASE("one line names a wrong number, its parameter and what is allowed", "[
         "99999999999999999999"},
        "0",
        "86400"},
+      {"qcowcache-reserve", {"", "1", "2097151", "1025M", "-1", "some"}, "2M", "1G"},
       {"qcowcache-max-delay", {"", "86401", "-1", "5s", "1.5", "never"}, "0", "86400"},
   };
   for (const Wrong& wrong : all) {

@@ -6,12 +6,14 @@ using qcowcache::Savings;
 
 TEST_CASE("as long as nothing was written holding pays") {
   CHECK(Savings().pays());
+  CHECK_FALSE(Savings().known());
 }
 
 TEST_CASE("holding pays where one request stands for several") {
   Savings savings;
   savings.wrote(4, 1);
   CHECK(savings.pays());
+  CHECK(savings.known());
 }
 
 TEST_CASE("holding does not pay where each request stands for one") {
