@@ -32,7 +32,8 @@ std::optional<ByteRange> Room::next_window(const ByteRange& unit,
 }
 
 void Room::smaller(std::uint64_t least) noexcept {
-  window_ = std::max(window_ / 2, std::min(window_, least));
+  // Few steps: each is an error to whoever reads storage's messages.
+  window_ = std::max(window_ / 8, std::min(window_, least));
 }
 
 void Room::larger() noexcept {

@@ -45,8 +45,8 @@ public:
   /// if there is one, and its room is not known. Nothing while room is scarce.
   [[nodiscard]] std::optional<ByteRange> next_window(const ByteRange& unit,
                                                      std::uint64_t size) const noexcept;
-  /// Storage has no room for a window of this size: half as much next time, if that is not less
-  /// than `least`.
+  /// Storage has no room for a window of this size: an eighth next time, if that is not less than
+  /// `least`.
   void smaller(std::uint64_t least) noexcept;
   /// It has had room: twice as much next time, as far as that was ever wanted.
   void larger() noexcept;

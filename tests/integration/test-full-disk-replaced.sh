@@ -107,7 +107,7 @@ done
 if small_filesystem "$work/small" 6M; then
     echo "a real one"
     fresh_file "$work/small/disk" 16M
-    start_nbdkit server --filter="$FILTER" file "$work/small/disk"
+    start_nbdkit server --filter="$FILTER" file "$work/small/disk" qcowcache-reserve=0
     gives_up server
     made_anew "$work/small/disk"
     finds_nothing server "$work/small/disk" no
@@ -116,7 +116,7 @@ if small_filesystem "$work/small" 6M; then
 
     echo "the same file, with room again"
     fresh_file "$work/small/disk" 16M
-    start_nbdkit server --filter="$FILTER" file "$work/small/disk"
+    start_nbdkit server --filter="$FILTER" file "$work/small/disk" qcowcache-reserve=0
     gives_up server
     mount -o remount,size=64M "$work/small"
     python "$work/server.sock" "$work/small/disk" "$(cat "$work/acknowledged")" <<'END'
