@@ -84,6 +84,9 @@ serve ()
         own=(qcowcache-stats="$work/stats.json")
         read -r -a argument <<<"${FILTER_PARAMETERS:-}"
         own+=("${argument[@]}")
+        case $2 in
+            protect | delay) own+=(qcowcache-reserve=0) ;; # see stacking.txt
+        esac
     fi
     [ "$2" != exportname ] || stack+=(-e disk)
     timeout -k 5 60 nbdkit -U - "${stack[@]}" file "$target" "${parameters[@]}" "${own[@]}" \

@@ -9,13 +9,14 @@ set -e
 
 refusals () { grep -c 'injecting ENOSPC' "$work/server.err" || :; }
 
-# Every tenth unit is looked at.
+# As many units as are held before background writers begin with those that are not full.
+units=24
 all_stored ()
 {
-    "$PYTHON" - "$work/disk" <<'END'
+    "$PYTHON" - "$work/disk" "$units" <<'END'
 import sys
 with open(sys.argv[1], "rb") as disk:
-    for i in range(0, 100, 10):
+    for i in range(int(sys.argv[2])):
         disk.seek(i * 131072 + 7)
         if disk.read(1000) != bytes([i + 1]) * 1000:
             sys.exit(1)
@@ -23,19 +24,20 @@ END
 }
 
 mkfifo "$work/waits" "$work/go-on"
+exec 3<>"$work/waits" # so that the client's end is noticed
 for writers in 4 0; do
     rm -f "$work/full"
     fresh_file "$work/disk" 32M
     start_nbdkit server --filter="$FILTER" --filter=error file "$work/disk" \
         error-pwrite=ENOSPC error-pwrite-rate=100% error-pwrite-file="$work/full" \
         qcowcache-cluster-size=64K qcowcache-writers="$writers"
-    python "$work/server.sock" "$work/full" "$work/waits" "$work/go-on" <<'END' &
+    python "$work/server.sock" "$work/full" "$work/waits" "$work/go-on" "$units" <<'END' &
 import errno, nbd, sys
-address, full, waits, go_on = sys.argv[1:]
+address, full, waits, go_on, units = sys.argv[1:]
 client = nbd.NBD()
 client.connect_unix(address)
 open(full, "w").close()
-for i in range(100):
+for i in range(int(units)):
     client.pwrite(bytes([i + 1]) * 1000, i * 131072 + 7)
 for _ in range(20):
     try:
@@ -53,11 +55,11 @@ client.shutdown()
 END
     client=$!
 
-    read -r _ <"$work/waits"
+    read -r -t 60 -u 3 _ || fail "the client does not get so far"
     told=$(refusals)
     # Once for each flush, once or twice before the first, and one every five seconds.
     if [ "$told" -lt 20 ] || [ "$told" -gt 60 ]; then
-        fail "$writers writers: 100 units and 20 flushes made storage refuse $told times"
+        fail "$writers writers: $units units and 20 flushes made storage refuse $told times"
     fi
     rm "$work/full"
     if [ "$writers" -gt 0 ]; then
