@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <iterator>
 #include <new>
 #include <utility>
 
@@ -42,13 +43,13 @@ void Room::larger() noexcept {
 
 void Room::found(const ByteRange& range) {
   there_.add(range);
-  keep_small();
+  keep_small(range);
 }
 
 void Room::reserved(const ByteRange& range) {
   reserved_.add(range);
   there_.add(range);
-  keep_small();
+  keep_small(range);
 }
 
 void Room::wrote(const ByteRange& range) noexcept {
@@ -87,10 +88,13 @@ void Room::clear() noexcept {
   reserved_.clear();
 }
 
-void Room::keep_small() {
+/// What somebody has just come to stays.
+void Room::keep_small(const ByteRange& but) {
   for (ByteRanges* const ranges : {&there_, &reserved_}) {
-    while (ranges->count() > most_ranges)
-      ranges->remove(ByteRange{*ranges->begin()});
+    while (ranges->count() > most_ranges) {
+      const bool is_first = ranges->begin()->overlaps(but);
+      ranges->remove(ByteRange{is_first ? *std::prev(ranges->end()) : *ranges->begin()});
+    }
   }
 }
 

@@ -73,7 +73,7 @@ public:
   void clear() noexcept;
 
 private:
-  void keep_small();
+  void keep_small(const ByteRange& but);
 
   std::uint64_t largest_;
   std::uint64_t window_;

@@ -7,6 +7,7 @@
 #include <bit>
 #include <cerrno>
 #include <exception>
+#include <new>
 #include <system_error>
 #include <utility>
 #include <vector>
@@ -127,6 +128,8 @@ bool WriteCache::reserve(Storage& storage, const ByteRange& unit) {
     tell(settings_.events.decision,
          [&] { return std::string("storage cannot reserve room: ") + refusal.what(); });
     return true;
+  } catch (const std::bad_alloc&) {
+    return false; // going through takes less
   }
 }
 
