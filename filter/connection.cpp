@@ -85,7 +85,9 @@ void Connection::drain() noexcept {
   const bool unchecked = image.verifier() != nullptr && image.verifier()->has_work_at_end();
   const bool stored = image.cache().clean() && !image.cache().recorded();
   const bool reserved = last && image.cache().has_reserved();
-  if (!capabilities().can_write || (stored && !unchecked && !reserved))
+  // Who cannot write may flush what others wrote.
+  const bool can = capabilities().can_write || (image.cache().recorded() && image.cache().clean());
+  if (!can || (stored && !unchecked && !reserved))
     return;
   // Filters that sleep refuse to do so in a thread that serves a client once the client is gone.
   try {

@@ -20,7 +20,11 @@ std::shared_ptr<Image> Export::make_image(const Capabilities& capabilities) {
       capabilities, shared_from_this(),
       [this](const Image& by, const ByteRange& range) { changed_storage(by, range); },
       // Storage that does not share its image may be another disk.
-      shared ? std::exchange(left_, {}) : Verifier::Left());
+      shared ? std::exchange(left_, {}) : Verifier::Left(),
+      [this] {
+        const std::lock_guard lock(mutex_);
+        return shared_.size() + own_.size() == 1;
+      });
   images.insert(images.begin(), image);
   ++version_;
   return image;

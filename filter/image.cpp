@@ -35,8 +35,8 @@ private:
 };
 
 void Image::begin(const Capabilities& capabilities, std::shared_ptr<const void> owner,
-                  std::function<void(const Image&, const ByteRange&)> changed,
-                  Verifier::Left left) {
+                  std::function<void(const Image&, const ByteRange&)> changed, Verifier::Left left,
+                  std::function<bool()> alone) {
   // What the cache's callbacks need to know of it, set before anybody can use it.
   const auto self = std::make_shared<std::weak_ptr<Writeback::Source>>();
   WriteCache::Settings settings;
@@ -45,6 +45,7 @@ void Image::begin(const Capabilities& capabilities, std::shared_ptr<const void> 
   settings.expire = settings_.expire;
   settings.max_delay = settings_.max_delay;
   settings.reserve = settings_.reserve;
+  settings.alone = std::move(alone);
   settings.interrupted = settings_.interrupted;
   if (UncleanFile* const unclean = settings_.unclean; unclean != nullptr) {
     settings.hold = [this, unclean] { return unclean->hold(name_); };

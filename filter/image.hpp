@@ -82,8 +82,10 @@ public:
   /// they use the image. To be called once, before anything else. `capabilities` are those of the
   /// connection that it is for; `changed` is called as `WriteCache::Settings::changed_storage`;
   /// `left` is what an earlier verifier of the name could not read.
+  /// `alone` as in `WriteCache::Settings`.
   void begin(const Capabilities& capabilities, std::shared_ptr<const void> owner,
-             std::function<void(const Image&, const ByteRange&)> changed, Verifier::Left left);
+             std::function<void(const Image&, const ByteRange&)> changed, Verifier::Left left,
+             std::function<bool()> alone = {});
   /// The background writers hear nothing of it any more.
   void end();
 

@@ -145,6 +145,13 @@ public:
       unclean_->follow();
   }
 
+  /// What requests have to see to: without background writers nobody else does.
+  void before_request() {
+    follow_size();
+    if (unclean_ && writers_ == 0)
+      unclean_->follow();
+  }
+
   /// Takes over a new size from qcowcache-size-file.
   void follow_size() {
     if (!size_file_)
@@ -431,7 +438,7 @@ int filter_pread(nbdkit_next* /*next*/, void* handle, void* buffer, std::uint32_
 int filter_pwrite(nbdkit_next* /*next*/, void* handle, const void* buffer, std::uint32_t count,
                   std::uint64_t offset, std::uint32_t flags, int* err) {
   return serve("write", err, [&] {
-    server->follow_size();
+    server->before_request();
     refuse_if_lost(connection_of(handle), offset);
     const Connection::InUse in_use = connection_of(handle).in_use({true, {offset, offset + count}});
     const std::span data{static_cast<const std::byte*>(buffer), count};
@@ -466,7 +473,7 @@ Verifier::Outcome check(const Connection::InUse& in_use, const std::string& expo
 
 int filter_flush(nbdkit_next* /*next*/, void* handle, std::uint32_t /*flags*/, int* err) {
   return serve("flush", err, [&] {
-    server->follow_size();
+    server->before_request();
     Connection& connection = connection_of(handle);
     const Connection::InUse in_use = connection.in_use({});
     in_use.cache.flush(in_use.use.storage());

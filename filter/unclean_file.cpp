@@ -73,6 +73,13 @@ bool is_same(const struct stat& left, const struct stat& right) noexcept {
   return left.st_dev == right.st_dev && left.st_ino == right.st_ino;
 }
 
+/// The same, and nobody has written to it.
+bool is_unchanged(const struct stat& left, const struct stat& right) noexcept {
+  return is_same(left, right) && left.st_size == right.st_size &&
+         left.st_mtim.tv_sec == right.st_mtim.tv_sec &&
+         left.st_mtim.tv_nsec == right.st_mtim.tv_nsec;
+}
+
 /// Whether that is the file at `path`.
 bool is_at(const std::string& path, std::FILE* file) {
   struct stat now = {};
@@ -90,7 +97,7 @@ void store_directory(const std::string& path) {
 enum class Others { refused, ignored };
 
 /// The names in a file. Throws EINVAL for lines that are something else, unless they are ignored; a
-/// name that was being written down in a crash is always.
+/// name of which only one end was written down in a crash is always.
 std::vector<std::string> names_in(std::string_view text, Others others) {
   // Some file systems have zeros after a power failure where a line was to be.
   constexpr std::string_view blanks(" \t\r\0", 4);
@@ -102,10 +109,11 @@ std::vector<std::string> names_in(std::string_view text, Others others) {
     line.remove_suffix(line.size() - (line.find_last_not_of(blanks) + 1));
     if (line.empty())
       continue;
-    const bool quoted = line.front() == '"';
-    if (quoted && line.size() >= 2 && line.back() == '"')
+    const bool begins = line.front() == '"';
+    const bool ends = line.back() == '"';
+    if (begins && ends && line.size() >= 2)
       names.emplace_back(line.substr(1, line.size() - 2));
-    else if (!quoted && others == Others::refused)
+    else if (!begins && !ends && others == Others::refused)
       throw std::system_error(EINVAL, std::generic_category(),
                               "it holds something else than names in quotes");
   }
@@ -150,62 +158,93 @@ void UncleanFile::rewrite() {
   for (const auto& [name, entry] : entries_)
     text += line_of(name);
   File file = create_file(fresh);
-  lock_file(file.get());
-  write_at(file.get(), 0, text);
-  must(fsync(fileno(file.get())));
-  must(std::rename(fresh.c_str(), path_.c_str()));
+  try {
+    lock_file(file.get());
+    write_at(file.get(), 0, text);
+    must(fsync(fileno(file.get())));
+    must(std::rename(fresh.c_str(), path_.c_str()));
+  } catch (const std::system_error&) {
+    static_cast<void>(std::remove(fresh.c_str()));
+    throw;
+  }
   // What follows may fail; whoever comes next has to know where he is.
   file_ = std::move(file);
   end_ = 0;
   for (auto& [name, entry] : entries_) {
     entry.line = {end_, line_of(name).size()};
     end_ += entry.line.size;
+    entry.lost_lately = false;
   }
   free_.clear();
-  remember();
+  left_ = {};
   store_directory(path_);
+  remember();
 }
 
+/// Unless somebody has changed its size meanwhile.
 void UncleanFile::remember() {
   left_ = status_of(file_.get());
+  if (static_cast<std::uint64_t>(left_.st_size) != end_)
+    left_ = {};
+  changed_.reset();
+}
+
+/// Of what is there now; all zeros where nothing is.
+struct stat UncleanFile::status() const {
+  struct stat now = {};
+  if (stat(path_.c_str(), &now) != 0) {
+    if (errno != ENOENT)
+      throw_errno();
+    now = {};
+  }
+  return now;
 }
 
 /// Whether the file is as it was left.
 bool UncleanFile::seen() const {
-  struct stat now = {};
-  return stat(path_.c_str(), &now) == 0 && is_same(now, left_) && now.st_size == left_.st_size &&
-         now.st_mtim.tv_sec == left_.st_mtim.tv_sec && now.st_mtim.tv_nsec == left_.st_mtim.tv_nsec;
+  const struct stat now = status();
+  return now.st_ino != 0 && is_unchanged(now, left_);
 }
 
 bool UncleanFile::Entry::needed() const noexcept {
   return lost || holders > 0;
 }
 
-/// What he has removed is not lost any more. What is held he finds again.
-void UncleanFile::follow_operator() {
-  if (seen())
-    return;
+/// What he has removed is not lost any more. What is held he finds again. Returns whether the file
+/// says all that it should: while he may be changing it, it is left to him.
+bool UncleanFile::follow_operator() {
+  const struct stat now = status();
+  if (now.st_ino != 0 && is_unchanged(now, left_))
+    return true;
+  const auto moment = std::chrono::steady_clock::now();
+  if (!changed_ || !is_unchanged(changed_->status, now))
+    changed_ = {now, moment};
+  if (moment - changed_->since < patience_)
+    return false;
   std::vector<std::string> names;
-  struct stat now = {};
-  if (stat(path_.c_str(), &now) == 0) {
+  if (now.st_ino != 0) {
     if (!is_same(now, status_of(file_.get())))
       file_ = open_locked(path_);
     names = names_in(read(), Others::ignored);
-  } else if (errno != ENOENT) {
-    throw_errno();
   }
   for (auto& [name, entry] : entries_) {
-    if (entry.lost && std::ranges::find(names, name) == names.end())
+    if (entry.lost && !entry.lost_lately && std::ranges::find(names, name) == names.end())
       found(entry);
   }
   rewrite();
+  return seen();
 }
 
 /// Writes the names again that an operator's editor has dropped, who did not know of them.
 void UncleanFile::follow() noexcept {
+  constexpr std::chrono::milliseconds between_looks{200};
   try {
-    const std::lock_guard lock(mutex_);
-    follow_operator();
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    const auto now = std::chrono::steady_clock::now();
+    if (!lock || now < next_look_)
+      return;
+    next_look_ = now + between_looks;
+    static_cast<void>(follow_operator());
   } catch (const std::exception&) {
     // Whoever has to rely on the file finds out, and says so.
   }
@@ -215,19 +254,20 @@ void UncleanFile::write_down(std::string_view name, Entry& entry) {
   const std::string line = line_of(name);
   const auto reused = std::ranges::find(free_, line.size(), &Line::size);
   entry.line = reused == free_.end() ? Line{end_, line.size()} : *reused;
+  const std::uint64_t end = end_;
   try {
     write_at(file_.get(), entry.line.offset, line);
+    end_ = std::max(end_, entry.line.offset + line.size());
+    remember(); // at once: what changes from here on somebody else has changed
     must(fdatasync(fileno(file_.get())));
   } catch (const std::system_error&) {
     // Where a part of it stays it is no name, and will be written over.
-    static_cast<void>(ftruncate(fileno(file_.get()), static_cast<off_t>(end_)));
+    static_cast<void>(ftruncate(fileno(file_.get()), static_cast<off_t>(end)));
+    end_ = end;
     throw;
   }
-  if (reused == free_.end())
-    end_ += line.size();
-  else
+  if (reused != free_.end())
     free_.erase(reused);
-  remember();
 }
 
 bool UncleanFile::hold(const std::string& export_name) noexcept {
@@ -235,8 +275,10 @@ bool UncleanFile::hold(const std::string& export_name) noexcept {
     const std::string name = printable(export_name);
     const std::lock_guard lock(mutex_);
     try {
-      follow_operator();
-      const auto [entry, is_new] = entries_.try_emplace(name);
+      if (!follow_operator())
+        return false;
+      const auto entry = entries_.try_emplace(name).first;
+      const bool is_new = !entry->second.needed();
       ++entry->second.holders;
       try {
         if (is_new && entries_.size() > most_names)
@@ -244,17 +286,15 @@ bool UncleanFile::hold(const std::string& export_name) noexcept {
                                   "there are " + std::to_string(most_names) + " names");
         if (is_new)
           write_down(name, entry->second);
-        // An editor may have put another file into its place meanwhile.
-        while (!is_at(path_, file_.get()))
-          follow_operator();
+        complained_ = false;
+        // Somebody may have changed it, or put another file into its place, meanwhile.
+        if (follow_operator())
+          return true;
       } catch (...) {
-        --entry->second.holders;
-        if (!entry->second.needed())
-          entries_.erase(entry);
+        give_up(entry);
         throw;
       }
-      complained_ = false;
-      return true;
+      give_up(entry);
     } catch (const std::system_error& error) {
       if (!complained_)
         complain_("qcowcache-unclean=" + printable(path_) + ": " + error.what() +
@@ -267,6 +307,13 @@ bool UncleanFile::hold(const std::string& export_name) noexcept {
   return false;
 }
 
+/// It was not written down that it is held.
+void UncleanFile::give_up(Entries::iterator entry) noexcept {
+  --entry->second.holders;
+  if (!entry->second.needed())
+    entries_.erase(entry);
+}
+
 void UncleanFile::found(Entry& entry) noexcept {
   entry.lost = false;
   --lost_;
@@ -277,7 +324,7 @@ void UncleanFile::forget_unneeded(Entries::iterator entry) {
   if (entry->second.needed())
     return;
   if (!seen()) {
-    follow_operator();
+    static_cast<void>(follow_operator());
     return;
   }
   const Line line = entry->second.line;
@@ -312,6 +359,7 @@ void UncleanFile::lose(const std::string& export_name) noexcept {
   change(export_name, [this](Entry& entry) {
     if (std::exchange(entry.lost, true))
       return;
+    entry.lost_lately = !seen();
     entry.told = false;
     ++lost_;
   });
@@ -341,7 +389,11 @@ void UncleanFile::refuse_if_lost(const std::string& export_name) {
   };
   if (find_lost() == nullptr)
     return;
-  follow_operator();
+  try {
+    static_cast<void>(follow_operator());
+  } catch (const std::system_error&) {
+    // What is known stands.
+  }
   Entry* const lost = find_lost();
   if (lost == nullptr)
     return;

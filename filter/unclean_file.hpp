@@ -4,11 +4,13 @@
 
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <sys/stat.h>
@@ -35,11 +37,16 @@ public:
     Lost() : std::system_error(EIO, std::generic_category(), "acknowledged bytes were lost") {}
   };
 
+  /// An editor may take the file away before it brings it back: what an operator has changed counts
+  /// when it has been like that for so long.
+  static constexpr std::chrono::milliseconds usual_patience{1000};
+
   /// `path` is absolute. `complain` is told, in one line, of each export that has lost bytes, the
   /// first time that a client asks for it, and of a name that could not be written down, once until
   /// one has been.
-  UncleanFile(std::string path, std::function<void(const std::string&)> complain)
-      : path_(std::move(path)), complain_(std::move(complain)) {}
+  UncleanFile(std::string path, std::function<void(const std::string&)> complain,
+              std::chrono::milliseconds patience = usual_patience)
+      : path_(std::move(path)), complain_(std::move(complain)), patience_(patience) {}
   UncleanFile(const UncleanFile&) = delete;
   UncleanFile& operator=(const UncleanFile&) = delete;
   ~UncleanFile() = default;
@@ -62,7 +69,8 @@ public:
   /// A client begins a new image there: what was lost is of no interest any more.
   void begin_anew(const std::string& export_name) noexcept;
   /// To be called now and then: an operator's editor may have dropped the names of those who hold
-  /// something, and a crash could come before anybody holds more.
+  /// something, and a crash could come before anybody holds more. Looks at the file a few times a
+  /// second at most, and does not wait for others.
   void follow() noexcept;
 
 private:
@@ -74,6 +82,8 @@ private:
   struct Entry {
     std::size_t holders = 0;
     bool lost = false;
+    /// Since the file was last read: who removes the name cannot have known.
+    bool lost_lately = false;
     bool told = false;
     Line line;
 
@@ -81,19 +91,22 @@ private:
   };
   using Entries = std::map<std::string, Entry>;
 
-  void follow_operator();
+  [[nodiscard]] bool follow_operator();
   void rewrite();
+  [[nodiscard]] struct stat status() const;
   [[nodiscard]] bool seen() const;
   void remember();
   [[nodiscard]] std::string read() const;
   void write_down(std::string_view name, Entry& entry);
   void found(Entry& entry) noexcept;
+  void give_up(Entries::iterator entry) noexcept;
   template <typename Change>
   void change(const std::string& export_name, Change change) noexcept;
   void forget_unneeded(Entries::iterator entry);
 
   const std::string path_;
   const std::function<void(const std::string&)> complain_;
+  const std::chrono::milliseconds patience_;
   /// How many exports have lost bytes.
   std::atomic<std::size_t> lost_ = 0;
 
@@ -106,6 +119,13 @@ private:
   std::uint64_t end_ = 0;
   /// The file as this left it.
   struct stat left_ = {};
+  /// The file as somebody else did, and when it was first seen like that.
+  struct Changed {
+    struct stat status;
+    std::chrono::steady_clock::time_point since;
+  };
+  std::optional<Changed> changed_;
+  std::chrono::steady_clock::time_point next_look_;
   bool complained_ = false;
 };
 

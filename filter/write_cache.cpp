@@ -421,7 +421,9 @@ void WriteCache::relayout(const Lock& lock) {
 void WriteCache::header_changed(const Lock& lock, const ByteRange& range) {
   if (!range.overlaps(HeaderWatch::watched(size_)))
     return;
-  if (!header_.complete(size_))
+  if (header_.complete(size_))
+    header_unread_ = 0;
+  else
     layout_was_read_ = header_unread_ >= most_header_reads;
   relayout(lock);
   tell_layout(lock);
@@ -1513,11 +1515,12 @@ void WriteCache::flush(Storage& storage) {
 
 std::error_code WriteCache::drain(Storage& storage) {
   std::error_code error = write_owed(storage, Unit::Reason::disconnect);
-  if (!error && recorded() && clean()) {
+  // Others may have had stored what was refused here.
+  if (recorded() && clean()) {
     try {
       flush_storage(storage);
     } catch (const std::system_error& refusal) {
-      error = refusal.code();
+      error = error ? error : refusal.code();
     }
   }
   if (!clean())

@@ -122,6 +122,10 @@ public:
     /// Room for what is held is reserved on storage in windows of this many bytes, before the first
     /// write to each is acknowledged; 0: never.
     std::uint64_t reserve = 0;
+    /// Whether all connections to the export use this cache, or have ended: what others wrote
+    /// through storage that does not say multi-conn may look like a hole. Called with no mutex
+    /// held. Nothing: they do.
+    std::function<bool()> alone;
     /// Called before anything is held, to write down for after a crash that this is so, and when a
     /// flush, or the end of a connection, has left nothing. Where `hold` returns false it could not
     /// be written down, and the write goes through. Called with no mutex held, from several threads
@@ -398,7 +402,8 @@ private:
   void flush_storage(Storage& storage);
   [[nodiscard]] bool has_room(const Lock&, const Storage& storage,
                               const ByteRange& unit) const noexcept;
-  bool reserve(Storage& storage, const ByteRange& unit);
+  [[nodiscard]] bool reserve(Storage& storage, const ByteRange& unit);
+  [[nodiscard]] bool reserve_in_turn(Storage& storage, const ByteRange& unit);
   [[nodiscard]] bool ask_for_room(Storage& storage, const ByteRange& unit);
   void prove_room(Storage& storage, const ByteRange& first, const ByteRanges& holes);
   [[nodiscard]] bool reserve_ahead() noexcept;

@@ -119,6 +119,10 @@ bool WriteCache::reserve(Storage& storage, const ByteRange& unit) {
   asks_for_room_ = true;
   lock.unlock();
   const Asking asking(*this);
+  return reserve_in_turn(storage, unit);
+}
+
+bool WriteCache::reserve_in_turn(Storage& storage, const ByteRange& unit) {
   try {
     return ask_for_room(storage, unit);
   } catch (const std::system_error& refusal) {
@@ -150,6 +154,8 @@ bool WriteCache::ask_for_room(Storage& storage, const ByteRange& unit) {
     }
     const bool least = window.size() <= unit.size();
     const RangeLock::Owned owned = ranges_.own(window);
+    if (settings_.alone && !settings_.alone())
+      throw std::system_error(ENOTSUP, std::generic_category(), "others use another cache");
     ByteRanges holes = holes_in(storage, window);
     {
       const Lock lock(mutex_);
@@ -203,21 +209,23 @@ void WriteCache::prove_room(Storage& storage, const ByteRange& first, const Byte
 
 /// Clients will come to that window soon. Returns whether there was one to see to.
 bool WriteCache::reserve_ahead() noexcept {
+  Next described;
+  ByteRange unit;
+  {
+    const Lock lock(mutex_);
+    const std::optional<ByteRange> next = std::exchange(next_window_, std::nullopt);
+    if (!next || asks_for_room_)
+      return false;
+    described.range = *next;
+    described.dirty_end = next->end;
+    unit = {next->begin, next->begin + unit_size_};
+    asks_for_room_ = true;
+  }
+  const Asking asking(*this);
   try {
-    std::optional<ByteRange> next;
-    Next described;
-    ByteRange unit;
-    {
-      const Lock lock(mutex_);
-      next = std::exchange(next_window_, std::nullopt);
-      if (!next)
-        return false;
-      described.range = *next;
-      described.dirty_end = next->end;
-      unit = {next->begin, next->begin + unit_size_};
-    }
-    if (const std::optional<Handle::Use> use = settings_.lend(described))
-      reserve(use->storage(), unit);
+    const std::optional<Handle::Use> use = settings_.lend(described);
+    if (use && !is_guest(use->storage()))
+      static_cast<void>(reserve_in_turn(use->storage(), unit));
   } catch (const std::exception&) {
     // Whoever comes to it asks for it himself.
   }
@@ -241,9 +249,16 @@ bool WriteCache::has_reserved() const {
 void WriteCache::give_back_room(Storage& storage) {
   ByteRanges back;
   {
-    const Lock lock(mutex_);
+    Lock lock(mutex_);
+    room_answered_.wait(lock, [this] { return !asks_for_room_; });
+    next_window_.reset();
     if (is_guest(storage) || !room_.has_reserved())
       return;
+    asks_for_room_ = true; // whoever comes meanwhile asks after this
+  }
+  const Asking asking(*this);
+  {
+    const Lock lock(mutex_);
     ByteRanges unclean;
     for_each_unclean(lock, [&](const Unit& unit) { unclean.add(unit.range()); });
     back = room_.give_back(unclean);

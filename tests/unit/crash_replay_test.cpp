@@ -102,7 +102,7 @@ Setup::Setup(std::mt19937_64& random) {
   max_write = one_of(random, {unit, 16 * unit});
   if (random() % 3 != 0)
     expire = std::chrono::milliseconds(one_of(random, {0, 3}));
-  reserve = one_of(random, {std::uint64_t{0}, 4 * unit, 64 * unit});
+  reserve = one_of(random, {std::uint64_t{0}, std::uint64_t{0}, 2 * unit});
 }
 
 /// Where compressed clusters go next, as a qcow2 writer sees it.

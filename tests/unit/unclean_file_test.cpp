@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstddef>
 #include <filesystem>
 #include <fstream>
@@ -21,8 +22,11 @@ namespace {
 /// One server's use of the file.
 class Record {
 public:
-  explicit Record(const ScratchDirectory& scratch)
-      : file_(scratch.file("unclean"), [this](const std::string& line) { told_.push_back(line); }) {
+  explicit Record(const ScratchDirectory& scratch,
+                  std::chrono::milliseconds patience = std::chrono::milliseconds(0))
+      : file_(
+            scratch.file("unclean"), [this](const std::string& line) { told_.push_back(line); },
+            patience) {
     file_.open();
   }
 
@@ -200,9 +204,44 @@ TEST_CASE("a file belongs to one server at a time, and holds names only", "[uncl
   CHECK(error_of_open(scratch) == 0);
   CHECK(names(scratch) == "\"a\" ");
   // And a crash, while a name was written down for which nothing is held yet.
-  std::ofstream(scratch.file("unclean")) << "\"a\"  \n\"b";
-  CHECK(error_of_open(scratch) == 0);
+  for (const char* torn : {"\"a\"  \n\"b", "b\"\n\"a\""}) {
+    std::ofstream(scratch.file("unclean")) << torn;
+    CHECK(error_of_open(scratch) == 0);
+    CHECK(names(scratch) == "\"a\" ");
+  }
+}
+
+TEST_CASE("what somebody has just changed is left to him, and nobody relies on it",
+          "[unclean_file]") {
+  const ScratchDirectory scratch;
+  {
+    Record record(scratch);
+    CHECK(record->hold("lost"));
+  }
+  Record record(scratch, std::chrono::hours(1));
+  CHECK(record->hold("a"));
+  std::filesystem::rename(scratch.file("unclean"), scratch.file("unclean~")); // an editor begins
+  record->follow();
+  CHECK_FALSE(record->hold("b"));
+  CHECK(record.refuses("lost"));
+  std::ofstream(scratch.file("unclean")) << "\"lost\"\n";
+  CHECK_FALSE(record->hold("b"));
+  CHECK(record.refuses("lost"));
+  CHECK(names(scratch) == "\"lost\" ");
+  CHECK(record.told().size() == 1); // of what is lost
+}
+
+TEST_CASE("who removes a name does not know of what is lost meanwhile", "[unclean_file]") {
+  const ScratchDirectory scratch;
+  Record record(scratch);
+  CHECK(record->hold("a"));
+  std::ofstream(scratch.file("unclean")) << "";
+  record->lose("a");
+  record->release("a");
+  CHECK(record.refuses("a"));
   CHECK(names(scratch) == "\"a\" ");
+  std::ofstream(scratch.file("unclean")) << "";
+  CHECK_FALSE(record.refuses("a"));
 }
 
 TEST_CASE("names that an editor has dropped are written again, and so is one that came meanwhile",
@@ -223,6 +262,7 @@ TEST_CASE("names that an editor has dropped are written again, and so is one tha
   std::filesystem::create_directories(in_the_way + "/so that it stays");
   CHECK_FALSE(record->hold("b"));
   std::filesystem::remove_all(in_the_way);
+  CHECK(scratch.files() == 1);
   CHECK(record->hold("b"));
   CHECK(names(scratch) == "\"a\" \"b\" ");
 }

@@ -264,6 +264,22 @@ TEST_CASE("one asks, and others wait for the answer if they need it", "[write_ro
   CHECK(bench.counted(Count::reservations) == 1);
 }
 
+TEST_CASE("beside others whose writes it may not see nobody reserves", "[write_room]") {
+  Serving serving(std::size_t{64} * 1024 * 1024, 0, WriteCache::Settings().retry, nullptr, window);
+  const auto disk = std::make_shared<MemoryDisk>(disk_size);
+  disk->write(0, qcow2_header(16), true);
+  Capabilities capabilities = MemoryStorage::everything(disk_size);
+  capabilities.can_multi_conn = false;
+  Client first(serving, "a", disk, capabilities);
+  first.write(unit, pattern(100, 1));
+  const std::uint64_t allocated = disk->allocated().bytes();
+  CHECK(allocated >= window - unit); // but for the header's block, maybe
+  Client second(serving, "a", disk, capabilities);
+  second.write(2 * window, pattern(100, 1));
+  first.write(window, pattern(100, 1));
+  CHECK(disk->allocated().bytes() == allocated);
+}
+
 TEST_CASE("who writes in order has room waiting for him, and nothing is left reserved",
           "[write_room]") {
   Serving serving(std::size_t{64} * 1024 * 1024, 4, WriteCache::Settings().retry, nullptr, window);
