@@ -146,8 +146,10 @@ bool WriteCache::ask_for_room(Storage& storage, const ByteRange& unit) {
   for (;;) {
     ByteRange window = unit.intersection({0, capabilities.size});
     bool proven = false;
+    std::uint64_t forgotten = 0;
     {
       const Lock lock(mutex_);
+      forgotten = forgotten_;
       proven = room_.proven();
       if (!one_unit)
         window = room_.window(unit, capabilities.size);
@@ -182,6 +184,8 @@ bool WriteCache::ask_for_room(Storage& storage, const ByteRange& unit) {
       return false;
     }
     const Lock lock(mutex_);
+    if (forgotten != forgotten_)
+      return true; // another disk has taken this one's place: whoever writes to it asks again
     for (const ByteRange& hole : holes) {
       room_.reserved(hole);
       zero_map_.zeroed(hole);

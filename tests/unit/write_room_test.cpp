@@ -7,6 +7,7 @@
 #include "watched_thread.hpp"
 #include "write_cache.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <latch>
@@ -262,6 +263,30 @@ TEST_CASE("one asks, and others wait for the answer if they need it", "[write_ro
   CHECK(answer == 0);
   CHECK(other_answer == 0);
   CHECK(bench.counted(Count::reservations) == 1);
+}
+
+TEST_CASE("what was reserved on a disk says nothing of the one that takes its place",
+          "[write_room]") {
+  Bench bench;
+  MemoryStorage founder(MemoryStorage::everything(disk_size));
+  const auto there = pattern(unit, 1);
+  founder.write(3 * unit, there, false);
+  bench.cache->admit(bench.storage);
+  bench.cache->trust(bench.storage);
+  bench.cache->admit(founder);
+  bench.storage.before = [&](const MemoryStorage::Call& call) {
+    if (call.kind == Kind::zero)
+      static_cast<void>(bench.cache->found_anew(founder));
+  };
+  CHECK(bench.write(unit, pattern(100, 2)) == 0);
+  const auto data = pattern(100, 3);
+  bench.cache->write(founder, 3 * unit + 50, data, false);
+  bench.cache->flush(founder);
+  auto expected = there;
+  std::ranges::copy(data, expected.begin() + 50);
+  std::vector<std::byte> stored(unit);
+  founder.disk().read(3 * unit, stored);
+  CHECK(stored == expected);
 }
 
 TEST_CASE("beside others whose writes it may not see nobody reserves", "[write_room]") {
