@@ -29,7 +29,7 @@ constexpr std::uint64_t unit = WriteCache::least_unit_size;
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr std::uint64_t usual_runs = 3;
 #else
-constexpr std::uint64_t usual_runs = 12;
+constexpr std::uint64_t usual_runs = 6;
 #endif
 
 /// A journal made by hand, on a disk of zeros.

@@ -123,6 +123,7 @@ struct Setting {
   std::size_t memory = 64 * unit;
   std::chrono::milliseconds retry = std::chrono::hours(1);
   bool extents = true;
+  bool reserves = false;
   Fua fua = Fua::native;
 };
 
@@ -132,7 +133,7 @@ public:
   Run(const Setting& setting, const Fault& fault, unsigned nth)
       : setting_(setting), fault_(fault), faulty_(fault, nth),
         serving_(setting.memory, setting.writers, setting.retry, nullptr,
-                 setting.extents ? 4 * unit : 0) {}
+                 setting.reserves ? 4 * unit : 0) {}
 
   void connect(int client, std::uint64_t size) {
     Capabilities capabilities = MemoryStorage::everything(size);
@@ -329,6 +330,7 @@ TEST_CASE("whichever request of storage fails, nothing is lost and no flush lies
   fault.for_good = GENERATE(false, true);
   fault.late = GENERATE(false, true);
   const bool plenty = GENERATE(true, false);
+  setting.reserves = plenty && fault.for_good; // more requests, and as many more runs
   if (!plenty) {
     setting.memory = 4 * (unit + 8192);
     setting.retry = std::chrono::milliseconds(0);
