@@ -63,7 +63,8 @@ void Connection::drain() noexcept {
     return;
   Image& image = *this->image();
   // Storage is flushed for others as well, who could not.
-  if (!handle_->ends_changing() && !image.cache().recorded())
+  const bool recorded = image.cache().recorded();
+  if (!handle_->ends_changing() && !recorded)
     return;
   const bool last = !image.is_changed_by_others(*handle_);
   const auto write_all = [&]() noexcept {
@@ -83,11 +84,11 @@ void Connection::drain() noexcept {
   if (const std::optional<Handle::Use> use = handle_->use(); use && image.verifier() != nullptr)
     image.verifier()->ends(&use->storage());
   const bool unchecked = image.verifier() != nullptr && image.verifier()->has_work_at_end();
-  const bool stored = image.cache().clean() && !image.cache().recorded();
-  const bool reserved = last && image.cache().has_reserved();
+  const bool clean = image.cache().clean();
+  const bool has_work = !clean || recorded || unchecked || (last && image.cache().has_reserved());
   // Who cannot write may flush what others wrote.
-  const bool can = capabilities().can_write || (image.cache().recorded() && image.cache().clean());
-  if (!can || (stored && !unchecked && !reserved))
+  const bool can = capabilities().can_write || (clean && recorded);
+  if (!has_work || !can)
     return;
   // Filters that sleep refuse to do so in a thread that serves a client once the client is gone.
   try {

@@ -23,7 +23,7 @@ std::shared_ptr<Image> Export::make_image(const Capabilities& capabilities) {
       shared ? std::exchange(left_, {}) : Verifier::Left(),
       [this] {
         const std::lock_guard lock(mutex_);
-        return shared_.size() + own_.size() == 1;
+        return has_one_image();
       });
   images.insert(images.begin(), image);
   ++version_;
@@ -140,7 +140,7 @@ void Export::changed_storage(const Image& by, const ByteRange& range) const {
   bool shares = false;
   {
     const std::lock_guard lock(mutex_);
-    if (shared_.size() + own_.size() == 1)
+    if (has_one_image())
       return;
     shares = std::ranges::any_of(shared_, [&](const auto& each) { return each.get() == &by; });
     others = shared_;

@@ -72,6 +72,8 @@ private:
     Images others;
   };
 
+  /// REQUIRES: the mutex is held.
+  [[nodiscard]] bool has_one_image() const noexcept { return shared_.size() + own_.size() == 1; }
   [[nodiscard]] static Comparison compare(Images candidates, Handle& handle,
                                           const std::shared_ptr<Image>& present,
                                           const Image::Request& request);

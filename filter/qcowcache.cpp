@@ -145,11 +145,13 @@ public:
       unclean_->follow();
   }
 
-  /// What requests have to see to: without background writers nobody else does.
+  /// What requests have to see to: a new size counts at once, and without background writers nobody
+  /// ticks.
   void before_request() {
-    follow_size();
-    if (unclean_ && writers_ == 0)
-      unclean_->follow();
+    if (writers_ == 0)
+      tick();
+    else
+      follow_size();
   }
 
   /// Takes over a new size from qcowcache-size-file.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cerrno>
 
 namespace qcowcache {
 
@@ -36,6 +37,10 @@ std::uint64_t most_for(const Capabilities& capabilities, std::uint64_t limit) {
 }
 
 } // namespace
+
+bool no_room(const std::error_code& error) noexcept {
+  return error == std::errc::no_space_on_device || error.value() == EDQUOT;
+}
 
 std::uint64_t Capabilities::write_alignment() const noexcept {
   const std::uint64_t within_maximum = std::bit_floor(std::uint64_t{maximum});

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <system_error>
 
 namespace qcowcache {
 
@@ -41,6 +42,9 @@ struct Capabilities {
   /// storage's limits.
   [[nodiscard]] std::uint64_t write_alignment() const noexcept;
 };
+
+/// Whether storage has said that it is full: of one request it will most likely say so of the next.
+[[nodiscard]] bool no_room(const std::error_code& error) noexcept;
 
 /// The storage below, as one connection sees it. Requests larger than storage's maximum are split
 /// here, on multiples of its alignment, so nobody else needs to know about maxima.
@@ -84,7 +88,8 @@ public:
   struct ZeroOptions {
     bool may_trim = false;
     bool fua = false;
-    /// Fail with ENOTSUP unless this is faster than writing. REQUIRES: `pieces(range) == 1`.
+    /// Fail with ENOTSUP unless this is faster than writing. Nothing was done then if
+    /// `pieces(range) == 1`.
     bool fast = false;
   };
   void zero(const ByteRange& range, const ZeroOptions& options);

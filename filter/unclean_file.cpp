@@ -200,10 +200,13 @@ struct stat UncleanFile::status() const {
   return now;
 }
 
-/// Whether the file is as it was left.
-bool UncleanFile::seen() const {
-  const struct stat now = status();
+/// Whether that is the file as it was left.
+bool UncleanFile::is_as_left(const struct stat& now) const noexcept {
   return now.st_ino != 0 && is_unchanged(now, left_);
+}
+
+bool UncleanFile::seen() const {
+  return is_as_left(status());
 }
 
 bool UncleanFile::Entry::needed() const noexcept {
@@ -214,7 +217,7 @@ bool UncleanFile::Entry::needed() const noexcept {
 /// says all that it should: while he may be changing it, it is left to him.
 bool UncleanFile::follow_operator() {
   const struct stat now = status();
-  if (now.st_ino != 0 && is_unchanged(now, left_))
+  if (is_as_left(now))
     return true;
   const auto moment = std::chrono::steady_clock::now();
   if (!changed_ || !is_unchanged(changed_->status, now))

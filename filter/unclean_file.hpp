@@ -94,6 +94,7 @@ private:
   [[nodiscard]] bool follow_operator();
   void rewrite();
   [[nodiscard]] struct stat status() const;
+  [[nodiscard]] bool is_as_left(const struct stat& now) const noexcept;
   [[nodiscard]] bool seen() const;
   void remember();
   [[nodiscard]] std::string read() const;

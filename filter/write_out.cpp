@@ -21,11 +21,6 @@ namespace {
 /// rewriting what storage has costs less than another request.
 constexpr std::uint64_t worth_writing_over = std::uint64_t{16} * 1024;
 
-/// What storage that is full says of one unit it will most likely say of the next.
-bool no_room(const std::error_code& error) {
-  return error == std::errc::no_space_on_device || error.value() == EDQUOT;
-}
-
 } // namespace
 
 /// A range of whole blocks that goes out in one piece, and the buffer that it goes out from.

@@ -4,7 +4,6 @@
 #include "write_cache.hpp"
 
 #include <algorithm>
-#include <bit>
 #include <cerrno>
 #include <exception>
 #include <new>
@@ -16,26 +15,12 @@ namespace qcowcache {
 
 namespace {
 
-/// A request for more takes nbdkit itself apart, where storage leaves it to it.
+/// Of what is given back so much is owned at a time: others may wait for it.
 constexpr std::uint64_t most_at_once = std::uint64_t{32} * 1024 * 1024;
 /// Who takes less at once is not asked: it would be many requests.
 constexpr std::uint64_t least_at_once = std::uint64_t{1024} * 1024;
 /// In so many pieces nobody reserves a window.
 constexpr std::size_t most_holes = 16;
-
-/// Calls `request` for the pieces of `range` that are one request of storage each.
-template <typename Request>
-void for_each_request(const Storage& storage, const ByteRange& range, Request request) {
-  const Capabilities& capabilities = storage.capabilities();
-  const std::uint64_t most = std::max<std::uint64_t>(
-      std::bit_floor(std::min<std::uint64_t>(capabilities.maximum, most_at_once)),
-      capabilities.minimum);
-  for (ByteRange rest = range; !rest.empty();) {
-    const ByteRange piece{rest.begin, std::min(rest.end, rest.begin + most)};
-    request(piece);
-    rest.begin = piece.end;
-  }
-}
 
 /// What storage calls a hole that reads as zeros. Throws std::system_error.
 ByteRanges holes_in(Storage& storage, const ByteRange& range) {
@@ -55,16 +40,12 @@ ByteRanges holes_in(Storage& storage, const ByteRange& range) {
   return holes;
 }
 
-bool no_room(const std::error_code& error) {
-  return error == std::errc::no_space_on_device || error.value() == EDQUOT;
-}
-
 /// Has storage allocate what are holes, without writing anything there. Throws std::system_error.
 void allocate(Storage& storage, const ByteRanges& holes) {
   Storage::ZeroOptions options;
   options.fast = storage.capabilities().can_fast_zero;
   for (const ByteRange& hole : holes)
-    for_each_request(storage, hole, [&](const ByteRange& piece) { storage.zero(piece, options); });
+    storage.zero(hole, options);
 }
 
 /// The contrary. Whether it succeeds concerns nobody but the owner of the disk.
@@ -73,9 +54,9 @@ void deallocate(Storage& storage, const ByteRanges& holes) noexcept {
   options.may_trim = true; // a trim might leave anything there
   try {
     for (const ByteRange& hole : holes)
-      for_each_request(storage, hole,
-                       [&](const ByteRange& piece) { storage.zero(piece, options); });
+      storage.zero(hole, options);
   } catch (const std::exception&) {
+    // It stays allocated, and reads as zeros.
   }
 }
 
@@ -127,7 +108,7 @@ bool WriteCache::reserve_in_turn(Storage& storage, const ByteRange& unit) {
     return ask_for_room(storage, unit);
   } catch (const std::system_error& refusal) {
     // It cannot do this, whatever else it can do.
-    const Lock again(mutex_);
+    const Lock lock(mutex_);
     room_.give_up();
     tell(settings_.events.decision,
          [&] { return std::string("storage cannot reserve room: ") + refusal.what(); });
@@ -270,12 +251,13 @@ void WriteCache::give_back_room(Storage& storage) {
       lose_room(lock, range);
   }
   for (const ByteRange& range : back) {
-    for_each_request(storage, range.intersection({0, storage.capabilities().size}),
-                     [&](const ByteRange& piece) {
-                       const RangeLock::Owned owned = ranges_.own(piece);
-                       deallocate(storage, holes_in(storage, piece));
-                       changed_on_storage(piece);
-                     });
+    for (ByteRange rest = range.intersection({0, storage.capabilities().size}); !rest.empty();) {
+      const ByteRange piece{rest.begin, std::min(rest.end, rest.begin + most_at_once)};
+      const RangeLock::Owned owned = ranges_.own(piece);
+      deallocate(storage, holes_in(storage, piece));
+      changed_on_storage(piece);
+      rest.begin = piece.end;
+    }
   }
 }
 

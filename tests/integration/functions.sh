@@ -342,6 +342,20 @@ client_requests ()
         awk '!(($1 == "Read" || $1 == "Extents") && $2 == "offset=0x0")'
 }
 
+# make_half_random FILE CLUSTERS BYTES: clusters of 64 KiB that begin with so many
+# random bytes, and so compress to a little more than these.
+make_half_random ()
+{
+    "$PYTHON" - "$@" <<'END'
+import random, sys
+name, clusters, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+random.seed(9)
+with open(name, "wb") as file:
+    for cluster in range(clusters):
+        file.write(random.randbytes(length) + bytes((1 << 16) - length))
+END
+}
+
 # make_tar_image FILE SIZE: SIZE (as truncate takes it) of a tar of this
 # machine's own files.
 make_tar_image ()

@@ -12,53 +12,12 @@ source "$(dirname "$0")/functions.sh"
 set -e
 
 requires_program qemu-storage-daemon
-"$PYTHON" -c "
-import random, sys
-random.seed(9)
-with open(sys.argv[1], 'wb') as file:
-    for cluster in range(320):
-        file.write(random.randbytes(40000) + bytes((1 << 16) - 40000))
-" "$work/source"
+make_half_random "$work/source" 320 40000
 
 # Each writes $work/source to the image behind $work/server.sock.
 backup ()
 {
-    timeout 120 "$PYTHON" - "$work" <<'END'
-import json, subprocess, sys
-work = sys.argv[1]
-daemon = subprocess.Popen(
-    ["qemu-storage-daemon", "--chardev", "stdio,id=monitor", "--monitor", "chardev=monitor",
-     "--blockdev", f"driver=file,node-name=source,filename={work}/source,read-only=on",
-     "--blockdev", f"driver=nbd,node-name=nbd,server.type=unix,server.path={work}/server.sock",
-     "--blockdev", "driver=qcow2,node-name=target,file=nbd"],
-    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-def send(command, **arguments):
-    daemon.stdin.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-    daemon.stdin.flush()
-
-def until(wanted):
-    for line in daemon.stdout:
-        message = json.loads(line)
-        if "error" in message or wanted(message):
-            return message
-    raise SystemExit("qemu-storage-daemon has ended")
-
-until(lambda message: "QMP" in message)
-send("qmp_capabilities")
-until(lambda message: "return" in message)
-send("blockdev-backup", **{"job-id": "backup", "device": "source", "target": "target",
-                           "sync": "full", "compress": True, "auto-dismiss": False})
-until(lambda message: message.get("event") == "JOB_STATUS_CHANGE"
-      and message["data"]["status"] == "concluded")
-send("query-jobs")
-jobs = until(lambda message: "return" in message and message["return"])
-send("quit")
-daemon.stdin.close()
-daemon.stdout.read()
-ended = daemon.wait()
-sys.exit(1 if ended != 0 or "error" in jobs["return"][0] else 0)
-END
+    timeout 120 "$PYTHON" "$(dirname "$0")/backup_job.py" "$work/source" "$work/server.sock"
 }
 pipeline ()
 {

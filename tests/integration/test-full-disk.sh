@@ -12,13 +12,7 @@ own_mounts=1
 source "$(dirname "$0")/functions.sh"
 set -e
 
-"$PYTHON" -c "
-import random, sys
-random.seed(9)
-with open(sys.argv[1], 'wb') as file:
-    for cluster in range(320):
-        file.write(random.randbytes(40000) + bytes((1 << 16) - 40000))
-" "$work/guest"
+make_half_random "$work/guest" 320 40000
 
 # convert ORDER COMPRESSION SERVER-ARGUMENT...: leaves its status in $status
 convert ()

@@ -74,7 +74,7 @@ END
 # leaves the filter under test out.  Says in $work/said what all said.
 serve ()
 {
-    local stack=() own=() argument
+    local stack=() own=() argument word
     case $1 in
         above) stack=("--filter=$2" "--filter=$FILTER") ;;
         below) stack=("--filter=$FILTER" "--filter=$2") ;;
@@ -84,12 +84,13 @@ serve ()
         own=(qcowcache-stats="$work/stats.json")
         read -r -a argument <<<"${FILTER_PARAMETERS:-}"
         own+=("${argument[@]}")
-        case $2 in
-            protect | delay) own+=(qcowcache-reserve=0) ;; # see stacking.txt
-        esac
     fi
+    for word in "${parameters[@]}"; do
+        # Ours nobody knows where the filter under test is left out.
+        [[ $1 == alone && $word == qcowcache-* ]] || own+=("$word")
+    done
     [ "$2" != exportname ] || stack+=(-e disk)
-    timeout -k 5 60 nbdkit -U - "${stack[@]}" file "$target" "${parameters[@]}" "${own[@]}" \
+    timeout -k 5 60 nbdkit -U - "${stack[@]}" file "$target" "${own[@]}" \
         --run "$3" >"$work/said" 2>&1
 }
 

@@ -134,13 +134,7 @@ fi
 grep -q 'another server uses it' "$work/second.err" || fail "$(cat "$work/second.err")"
 stop_nbdkit server
 
-"$PYTHON" -c "
-import random, sys
-random.seed(5)
-with open(sys.argv[1], 'wb') as file:
-    for cluster in range(256):
-        file.write(random.randbytes(24 << 10) + bytes(40 << 10))
-" "$work/guest"
+make_half_random "$work/guest" 256 24576
 target="driver=qcow2,file.driver=nbd,file.export=disk,file.server.type=unix"
 target+=",file.server.path=$work/server.sock,file.reconnect-delay=60"
 convert ()

@@ -69,44 +69,8 @@ ${CC:-cc} -D_GNU_SOURCE -DNBDKIT_API_VERSION=2 -std=gnu11 -O2 -fPIC -include fcn
 # backup: $work/source to the image behind $work/server.sock
 backup ()
 {
-    timeout 120 "$PYTHON" - "$work" <<'END'
-import json, subprocess, sys
-work = sys.argv[1]
-daemon = subprocess.Popen(
-    ["qemu-storage-daemon", "--chardev", "stdio,id=monitor", "--monitor", "chardev=monitor",
-     "--blockdev", f"driver=file,node-name=source,filename={work}/source,read-only=on",
-     "--blockdev", f"driver=nbd,node-name=nbd,server.type=unix,server.path={work}/server.sock",
-     "--blockdev", "driver=qcow2,node-name=target,file=nbd"],
-    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-def send(command, **arguments):
-    daemon.stdin.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-    daemon.stdin.flush()
-
-def until(wanted):
-    for line in daemon.stdout:
-        message = json.loads(line)
-        assert "error" not in message, message
-        if wanted(message):
-            return message
-    raise SystemExit("qemu-storage-daemon has ended")
-
-until(lambda message: "QMP" in message)
-send("qmp_capabilities")
-until(lambda message: "return" in message)
-send("blockdev-backup", **{"job-id": "backup", "device": "source", "target": "target",
-                           "sync": "full", "compress": True, "auto-dismiss": False,
-                           "x-perf": {"max-workers": 64}})
-until(lambda message: message.get("event") == "JOB_STATUS_CHANGE"
-      and message["data"]["status"] == "concluded")
-send("query-jobs")
-jobs = until(lambda message: "return" in message and message["return"])
-assert "error" not in jobs["return"][0], jobs
-send("quit")
-daemon.stdin.close()
-daemon.stdout.read()
-assert daemon.wait() == 0
-END
+    timeout 120 "$PYTHON" "$(dirname "$0")/backup_job.py" "$work/source" "$work/server.sock" \
+        '{"x-perf": {"max-workers": 64}}'
 }
 
 make_tar_image "$work/source" 24M
