@@ -125,6 +125,8 @@ public:
   bool written_whole = false;
   /// When the write that is going on, or was last, began, clients had written all of it.
   bool started_whole = false;
+  /// When it last came to wait for a writer, clients had written all of it.
+  bool queued_whole = false;
   /// It counts as unclean in the cache's books.
   bool counted = false;
   /// Storage refused it; it is not tried again but for a reason (a flush, the end of a connection,

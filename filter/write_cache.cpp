@@ -156,7 +156,9 @@ bool WriteCache::join_queue(const Lock& lock, Unit& unit, Unit::Reason reason) n
     return false;
   }
   unit.turn = Unit::Turn::queued;
+  unit.queued_whole = unit.full(size_);
   ++queued_;
+  queued_partial_ += unit.queued_whole ? 0 : 1;
   queue_.push_back(unit);
   place(lock, unit);
   return true;
@@ -242,13 +244,14 @@ void WriteCache::keep_writers_busy(const Lock& lock) {
 bool WriteCache::holds_back() const {
   const Lock lock(mutex_);
   const bool little = queued_ * unit_size_ < settings_.max_write;
-  if (!little || !caching(lock) || budget_.excess() > 0 || wanted_unit_size_ != unit_size_)
+  if (!little || queued_partial_ > 0 || !caching(lock) || budget_.excess() > 0 ||
+      wanted_unit_size_ != unit_size_)
     return false;
+  if (!settings_.expire || queue_.empty())
+    return true;
   const auto now = Unit::Clock::now();
-  return std::all_of(queue_.begin(), queue_.end(), [&](const Unit& unit) {
-    const bool idle = settings_.expire && now - unit.touched >= *settings_.expire;
-    return unit.full(size_) && !idle;
-  });
+  return std::none_of(queue_.begin(), queue_.end(),
+                      [&](const Unit& unit) { return now - unit.touched >= *settings_.expire; });
 }
 
 /// Puts a unit, after something about it has changed, where it belongs.
@@ -283,6 +286,7 @@ void WriteCache::trust_again(const Lock& /*lock*/) noexcept {
 
 void WriteCache::leave_queue(const Lock& /*lock*/, Unit& unit, Unit::Turn turn) noexcept {
   queued_ -= unit.turn == Unit::Turn::queued ? 1 : 0;
+  queued_partial_ -= unit.turn == Unit::Turn::queued && !unit.queued_whole ? 1 : 0;
   claimed_ -= unit.turn == Unit::Turn::claimed ? 1 : 0;
   claimed_ += turn == Unit::Turn::claimed ? 1 : 0;
   unit.queue_hook.unlink();

@@ -476,6 +476,7 @@ private:
   /// Units that wait to be written, longest first.
   Queue queue_;
   std::size_t queued_ = 0;
+  std::size_t queued_partial_ = 0;
   std::size_t claimed_ = 0;
   /// How many writes of units are under way.
   std::size_t jobs_ = 0;
