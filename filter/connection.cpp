@@ -85,7 +85,8 @@ void Connection::drain() noexcept {
     image.verifier()->ends(&use->storage());
   const bool unchecked = image.verifier() != nullptr && image.verifier()->has_work_at_end();
   const bool clean = image.cache().clean();
-  const bool has_work = !clean || recorded || unchecked || (last && image.cache().has_reserved());
+  const bool has_work =
+      !clean || recorded || unchecked || (last && image.cache().may_have_reserved());
   // Who cannot write may flush what others wrote.
   const bool can = capabilities().can_write || (clean && recorded);
   if (!has_work || !can)

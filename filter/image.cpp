@@ -135,8 +135,9 @@ bool Image::is_used() const {
 
 bool Image::is_changed_by_others(const Handle& handle) const {
   const std::lock_guard lock(mutex_);
-  return std::ranges::any_of(
-      users_, [&](const auto& user) { return user.get() != &handle && user->changes(); });
+  return std::ranges::any_of(users_, [&](const auto& user) {
+    return user.get() != &handle && user->changes() && !user->is_guest();
+  });
 }
 
 bool Image::is_used_by(const Handle& handle) const {

@@ -124,7 +124,7 @@ public:
   /// It does no more. With the last one goes what was learned.
   void leave(const Handle& handle);
   [[nodiscard]] bool is_used() const;
-  /// Whether other connections, which have not ended, have changed something.
+  /// Whether other connections, which have not ended and are no guests, have changed something.
   [[nodiscard]] bool is_changed_by_others(const Handle& handle) const;
 
   /// Whose storage is to take a unit: the connection that last wrote to it, or, when it has ended,

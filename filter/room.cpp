@@ -11,23 +11,23 @@ namespace qcowcache {
 Room::Room(std::uint64_t largest) noexcept : largest_(std::bit_floor(largest)), window_(largest_) {}
 
 void Room::give_up() noexcept {
-  largest_ = 0;
+  window_ = 0;
   there_.clear();
 }
 
 ByteRange Room::window(const ByteRange& unit, std::uint64_t size) const noexcept {
-  const std::uint64_t bytes = std::max(window_, unit.size());
+  const std::uint64_t most = unit.begin < beginning ? std::min(window_, beginning) : window_;
+  const std::uint64_t bytes = std::max(most, unit.size());
   const std::uint64_t begin = align_down(unit.begin, bytes);
   return ByteRange{begin, begin + bytes}.intersection({0, size});
 }
 
-std::optional<ByteRange> Room::next_window(const ByteRange& unit,
-                                           std::uint64_t size) const noexcept {
+std::optional<ByteRange> Room::next_unit(const ByteRange& unit, std::uint64_t size) const noexcept {
   if (!proven_ || !asks() || window_ != largest_)
     return std::nullopt;
   const ByteRange now = window(unit, UINT64_MAX);
-  const ByteRange next = ByteRange{now.end, now.end + now.size()}.intersection({0, size});
-  if (unit.begin < now.begin + now.size() / 2 || next.empty() || there_.contains(next))
+  const ByteRange next = ByteRange{now.end, now.end + unit.size()}.intersection({0, size});
+  if (unit.begin < now.begin + now.size() / 2 || next.empty() || has(next))
     return std::nullopt;
   return next;
 }
@@ -38,7 +38,8 @@ void Room::smaller(std::uint64_t least) noexcept {
 }
 
 void Room::larger() noexcept {
-  window_ = std::min(window_ * 2, largest_);
+  if (window_ > 0)
+    window_ = std::min(window_ * 2, largest_);
 }
 
 void Room::found(const ByteRange& range) {
@@ -53,17 +54,18 @@ void Room::reserved(const ByteRange& range) {
 }
 
 void Room::wrote(const ByteRange& range) noexcept {
-  if (!reserved_.overlaps(range))
+  not_reserved(range);
+  if (window_ == 0)
     return;
   try {
-    reserved_.remove(range);
+    found(range);
   } catch (const std::bad_alloc&) {
-    reserved_.clear();
+    // It is asked for again.
   }
 }
 
 void Room::gone(const ByteRange& range) noexcept {
-  wrote(range);
+  not_reserved(range);
   try {
     there_.remove(range);
   } catch (const std::bad_alloc&) {
@@ -71,21 +73,20 @@ void Room::gone(const ByteRange& range) noexcept {
   }
 }
 
-ByteRanges Room::give_back(const ByteRanges& still_needed) {
-  ByteRanges back = reserved_;
-  back.remove(still_needed);
-  ByteRanges kept = reserved_;
-  kept.remove(back);
-  ByteRanges there = there_;
-  there.remove(back);
-  reserved_ = std::move(kept);
-  there_ = std::move(there);
-  return back;
+void Room::not_reserved(const ByteRange& range) noexcept {
+  try {
+    reserved_.remove(range);
+  } catch (const std::bad_alloc&) {
+    reserved_.clear();
+  }
 }
 
 void Room::clear() noexcept {
   there_.clear();
   reserved_.clear();
+  window_ = largest_;
+  asks_again_at_.reset();
+  proven_ = false;
 }
 
 /// What somebody has just come to stays.

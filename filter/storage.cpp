@@ -98,6 +98,16 @@ void Storage::zero(const ByteRange& range, const ZeroOptions& options) {
     flush();
 }
 
+void Storage::allocate(const ByteRange& range) {
+  ZeroOptions options;
+  options.fast = capabilities().can_fast_zero;
+  for_each_piece(range, most_for(capabilities(), largest_request), capabilities().write_alignment(),
+                 [&](const ByteRange& piece) {
+                   do_zero(piece, options);
+                   count(Count::storage_zeros);
+                 });
+}
+
 void Storage::trim(const ByteRange& range, bool fua) {
   for_each_piece(range, most_for(capabilities(), largest_zero), capabilities().write_alignment(),
                  [&](const ByteRange& piece) {

@@ -93,6 +93,9 @@ public:
     bool fast = false;
   };
   void zero(const ByteRange& range, const ZeroOptions& options);
+  /// Zeros a hole, so that it has room, in one request where storage takes as much at once: a
+  /// filesystem then keeps it in one piece. REQUIRES: it is known to do so without writing.
+  void allocate(const ByteRange& range);
   void trim(const ByteRange& range, bool fua);
   void cache(const ByteRange& range);
 

@@ -48,8 +48,7 @@ WriteCache::WriteCache(Settings settings, const Capabilities& capabilities, Rang
     : settings_(std::move(settings)),
       preferred_(std::min<std::uint64_t>(capabilities.preferred, settings_.max_write)),
       alignment_(capabilities.write_alignment()), ranges_(ranges), budget_(budget),
-      account_(budget), room_(capabilities.can_write ? settings_.reserve : 0),
-      size_(capabilities.size),
+      account_(budget), room_(settings_.reserve), size_(capabilities.size),
       unit_size_(unit_size_for(settings_.cluster_size.value_or(0), preferred_)),
       wanted_unit_size_(unit_size_), has_layout_(settings_.cluster_size.has_value()) {
   if (settings_.cluster_size)
@@ -367,7 +366,7 @@ std::size_t WriteCache::waiting() const {
 }
 
 std::size_t WriteCache::waiting(const Lock& /*lock*/) const {
-  return queued_ + (next_window_ ? 1 : 0);
+  return queued_ + (next_to_reserve_ ? 1 : 0);
 }
 
 std::optional<WriteCache::Clock::time_point> WriteCache::oldest() const {
@@ -556,6 +555,10 @@ void WriteCache::learn_zeros(Storage& storage, const ByteRange& range) {
 
 void WriteCache::set_size(std::uint64_t size) {
   const Lock lock(mutex_);
+  if (size > size_) {
+    const std::uint64_t last = align_down(size_, unit_size_);
+    for_each_unit(lock, {last, size}, [](Unit& unit) { unit.has_room = false; });
+  }
   size_ = size;
 }
 
@@ -574,7 +577,7 @@ void WriteCache::forget_learned(const Lock& lock) {
   for_each_unclean(lock, [](Unit& unit) { unit.forget(unit.range()); });
   zero_map_.clear();
   room_.clear();
-  next_window_.reset();
+  next_to_reserve_.reset();
   for_each_unclean(lock, [](Unit& unit) { unit.has_room = false; });
   header_.forget({0, qcow2::header_bytes});
   layout_was_read_ = false;
@@ -804,8 +807,8 @@ WriteCache::Taken WriteCache::absorb(WriteLine::Place place, const Storage& writ
       if (!buffer)
         return {Absorbed::no_memory};
       add_unit(lock, begin, std::move(buffer));
-      if (settings_.wake_writer && !next_window_ && !asks_for_room_)
-        next_window_ = room_.next_window({begin, begin + unit_size_}, size_);
+      if (settings_.wake_writer && !next_to_reserve_ && !asks_for_room_)
+        next_to_reserve_ = room_.next_unit({begin, begin + unit_size_}, size_);
     } else if (!completes && !found->second.has_room &&
                !has_room(lock, writer, found->second.range())) {
       return {Absorbed::unreserved};
@@ -850,7 +853,7 @@ WriteCache::Taken WriteCache::absorb(WriteLine::Place place, const Storage& writ
     keep_writers_busy(lock);
   header_.wrote(offset, data);
   header_changed(lock, range);
-  const std::size_t to_wake_for = completed || next_window_ ? waiting(lock) : 0;
+  const std::size_t to_wake_for = completed || next_to_reserve_ ? waiting(lock) : 0;
   lock.unlock(); // a writer that is called would only run into it
   tell(settings_.events.trace, [&] { return "absorbed " + to_string(range); });
   return {Absorbed::held, to_wake_for};
@@ -916,6 +919,11 @@ void WriteCache::take(InLine& place, Storage& storage, std::uint64_t offset,
     switch (absorbed) {
     case Absorbed::off:
       tick(); // what is still cached has nobody else to write it, without background writers
+      if (begins_without_room(storage, rest.begin, data.subspan(rest.begin - offset))) {
+        place.join(Lock(mutex_), rest);
+        // Whether it fits storage says itself.
+        static_cast<void>(reserve(storage, {0, least_unit_size}));
+      }
       goes_through = true;
       break;
     case Absorbed::no_memory:
@@ -940,6 +948,7 @@ void WriteCache::take(InLine& place, Storage& storage, std::uint64_t offset,
     case Absorbed::unreserved:
       // Storage may take long to answer.
       place.join(Lock(mutex_), rest);
+      place.forgo_memory(Lock(mutex_));
       goes_through = !reserve(storage, {border - size, border});
       break;
     case Absorbed::held:
@@ -988,15 +997,29 @@ void WriteCache::flush_storage(Storage& storage) {
   const auto held_if_stored = [&](const Lock& lock) {
     return all_stored(lock) && !is_guest(storage) ? std::optional(last_held_) : std::nullopt;
   };
-  const std::optional<std::uint64_t> held = held_if_stored(Lock(mutex_));
+  std::optional<std::uint64_t> held;
+  std::uint64_t changed = 0;
+  {
+    const Lock lock(mutex_);
+    held = held_if_stored(lock);
+    changed = moment_;
+  }
   storage.flush();
   {
     const Lock lock(mutex_);
+    if (held && !is_guest(storage))
+      flushed_ = std::max(flushed_, changed);
     const bool settled = held && held_if_stored(lock) == held;
     if (!settled || !std::exchange(recorded_, false))
       return;
   }
   settings_.release();
+}
+
+/// Whether storage has been flushed since a client last changed something.
+bool WriteCache::all_flushed() const {
+  const Lock lock(mutex_);
+  return all_stored(lock) && flushed_ == moment_;
 }
 
 void WriteCache::abandon() noexcept {

@@ -253,8 +253,8 @@ public:
   /// Where it is written down that something was held here storage is flushed, too, so that this
   /// can be crossed out. Returns storage's first error.
   std::error_code drain(Storage& storage);
-  /// Whether room is reserved that nobody has written to.
-  [[nodiscard]] bool has_reserved() const;
+  /// Whether room may be reserved that nobody has written to, or is about to be.
+  [[nodiscard]] bool may_have_reserved() const;
   /// It is given back. To be called when the last connection that writes ends. Throws storage's
   /// error when it does not tell what has been written.
   void give_back_room(Storage& storage);
@@ -400,12 +400,20 @@ private:
   void wake(std::size_t waiting) const;
   [[nodiscard]] bool record();
   void flush_storage(Storage& storage);
+  [[nodiscard]] bool all_flushed() const;
   [[nodiscard]] bool has_room(const Lock&, const Storage& storage,
                               const ByteRange& unit) const noexcept;
+  [[nodiscard]] bool begins_without_room(const Storage& storage, std::uint64_t offset,
+                                         std::span<const std::byte> data) const;
   [[nodiscard]] bool reserve(Storage& storage, const ByteRange& unit);
   [[nodiscard]] bool reserve_in_turn(Storage& storage, const ByteRange& unit);
-  [[nodiscard]] bool ask_for_room(Storage& storage, const ByteRange& unit);
-  void prove_room(Storage& storage, const ByteRange& first, const ByteRanges& holes);
+  [[nodiscard]] bool ask_for_room(Storage& storage, const ByteRange& unit, std::uint64_t forgotten);
+  void allocate_proven(Storage& storage, ByteRanges holes, std::uint64_t unit,
+                       std::uint64_t forgotten);
+  void give_back_room(Storage& storage, const ByteRange& piece, std::uint64_t forgotten);
+  [[nodiscard]] bool still_sees(const Lock&, const Storage& storage,
+                                std::uint64_t forgotten) const noexcept;
+  [[nodiscard]] ByteRanges owed_in(const Lock& lock, const ByteRange& range);
   [[nodiscard]] bool reserve_ahead() noexcept;
   void lose_room(const Lock& lock, const ByteRange& range) noexcept;
   [[nodiscard]] bool passes_as_it_came(const Storage& storage, const ByteRange& range) const;
@@ -491,8 +499,8 @@ private:
   /// Somebody asks storage for room now.
   bool asks_for_room_ = false;
   std::condition_variable room_answered_;
-  /// For which a background writer is to ask.
-  std::optional<ByteRange> next_window_;
+  /// The unit for whose window a background writer is to ask.
+  std::optional<ByteRange> next_to_reserve_;
   HeaderWatch header_;
   std::uint64_t size_;
   /// Changed under the mutex, read without it by who only wants to know where to cut a request.
@@ -521,6 +529,8 @@ private:
   std::uint64_t attempts_ = 0;
   /// Grows with each write; tells which bytes a flush has to wait for.
   std::uint64_t moment_ = 0;
+  /// What was changed until then is on storage, and storage has been flushed.
+  std::uint64_t flushed_ = 0;
   /// When something was held last, and whether that is written down for after a crash.
   std::uint64_t last_held_ = 0;
   bool recorded_ = false;

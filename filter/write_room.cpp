@@ -3,8 +3,12 @@
 
 #include "write_cache.hpp"
 
+#include "qcow2/header.hpp"
+
 #include <algorithm>
+#include <array>
 #include <cerrno>
+#include <chrono>
 #include <exception>
 #include <new>
 #include <system_error>
@@ -22,33 +26,42 @@ constexpr std::uint64_t least_at_once = std::uint64_t{1024} * 1024;
 /// In so many pieces nobody reserves a window.
 constexpr std::size_t most_holes = 16;
 
-/// What storage calls a hole that reads as zeros. Throws std::system_error.
-ByteRanges holes_in(Storage& storage, const ByteRange& range) {
-  ByteRanges holes;
+struct Holes {
+  /// What storage calls a hole that reads as zeros.
+  ByteRanges ranges;
+  /// So far it has spoken.
+  std::uint64_t end = 0;
+};
+
+/// Throws std::system_error.
+Holes holes_in(Storage& storage, const ByteRange& range) {
+  Holes holes;
   ByteRange rest = range;
-  // Storage may say little at a time; what it has not spoken of counts as written.
+  // Storage may say little at a time.
   for (std::size_t answers = 0; !rest.empty() && answers < 4 * most_holes; ++answers) {
     for (const Storage::Extent& extent : storage.extents(rest, false)) {
       const ByteRange blocks = align_inward(extent.range, storage.capabilities().minimum);
       if (extent.type == Storage::ExtentType::hole_and_zero && !blocks.empty())
-        holes.add(blocks);
+        holes.ranges.add(blocks);
       rest.begin = std::max(rest.begin, extent.range.end);
     }
     // Where the answer ends inside a block the block is asked about again, or not at all.
     rest.begin = align_up(rest.begin, storage.capabilities().minimum);
   }
+  holes.end = std::min(rest.begin, range.end);
   return holes;
 }
 
-/// Has storage allocate what are holes, without writing anything there. Throws std::system_error.
-void allocate(Storage& storage, const ByteRanges& holes) {
-  Storage::ZeroOptions options;
-  options.fast = storage.capabilities().can_fast_zero;
-  for (const ByteRange& hole : holes)
-    storage.zero(hole, options);
+/// Storage that says so will say so again.
+bool cannot(const std::error_code& error) {
+  constexpr std::array answers{std::errc::not_supported, std::errc::operation_not_supported,
+                               std::errc::function_not_supported, std::errc::invalid_argument,
+                               std::errc::operation_not_permitted};
+  return std::ranges::any_of(answers, [&](std::errc answer) { return error == answer; });
 }
 
-/// The contrary. Whether it succeeds concerns nobody but the owner of the disk.
+/// Makes holes of what was allocated and not written. Whether it succeeds concerns nobody but the
+/// owner of the disk.
 void deallocate(Storage& storage, const ByteRanges& holes) noexcept {
   Storage::ZeroOptions options;
   options.may_trim = true; // a trim might leave anything there
@@ -84,12 +97,27 @@ bool WriteCache::has_room(const Lock& /*lock*/, const Storage& storage,
   return room_.has(unit.intersection({0, storage.capabilities().size}));
 }
 
+/// A new image's header goes through, and the image follows: with room for its beginning before
+/// anything is there a filesystem keeps it in one piece.
+bool WriteCache::begins_without_room(const Storage& storage, std::uint64_t offset,
+                                     std::span<const std::byte> data) const {
+  if (offset != 0 || data.size() < qcow2::header_bytes ||
+      !qcow2::parse_header(data.first(qcow2::header_bytes)))
+    return false;
+  const Lock lock(mutex_);
+  return budget_.allows_two(unit_size_, bookkeeping()) && !has_room(lock, storage, {0, unit_size_});
+}
+
 /// Whether a client's write to `unit` finds room on storage, or nobody can tell. Waits for who asks
-/// already.
+/// already, but not for ever: his storage may hang.
 bool WriteCache::reserve(Storage& storage, const ByteRange& unit) {
   constexpr std::chrono::milliseconds between_questions{50};
+  constexpr std::chrono::seconds patience{5};
+  const auto deadline = Room::Clock::now() + patience;
   Lock lock(mutex_);
   while (asks_for_room_) {
+    if (Room::Clock::now() >= deadline)
+      return false;
     room_answered_.wait_for(lock, between_questions);
     lock.unlock();
     stay_connected();
@@ -104,12 +132,21 @@ bool WriteCache::reserve(Storage& storage, const ByteRange& unit) {
 }
 
 bool WriteCache::reserve_in_turn(Storage& storage, const ByteRange& unit) {
-  try {
-    return ask_for_room(storage, unit);
-  } catch (const std::system_error& refusal) {
-    // It cannot do this, whatever else it can do.
+  std::uint64_t forgotten = 0;
+  {
     const Lock lock(mutex_);
-    room_.give_up();
+    forgotten = forgotten_;
+  }
+  try {
+    return ask_for_room(storage, unit, forgotten);
+  } catch (const std::system_error& refusal) {
+    const Lock lock(mutex_);
+    if (!still_sees(lock, storage, forgotten))
+      return true;
+    if (cannot(refusal.code()))
+      room_.give_up(); // whatever else it can do
+    else
+      room_.pause(Room::Clock::now() + settings_.retry);
     tell(settings_.events.decision,
          [&] { return std::string("storage cannot reserve room: ") + refusal.what(); });
     return true;
@@ -118,46 +155,72 @@ bool WriteCache::reserve_in_turn(Storage& storage, const ByteRange& unit) {
   }
 }
 
+/// Whether `storage` is the disk that the cache is about, as it was when so much had been
+/// forgotten. Another one may have taken its place meanwhile: whoever writes to that asks again.
+bool WriteCache::still_sees(const Lock& /*lock*/, const Storage& storage,
+                            std::uint64_t forgotten) const noexcept {
+  return forgotten == forgotten_ && !is_guest(storage);
+}
+
+/// What is in memory and needs room on storage.
+ByteRanges WriteCache::owed_in(const Lock& lock, const ByteRange& range) {
+  ByteRanges owed;
+  for (auto it = first_overlapping(lock, range); it != units_.end() && it->first < range.end; ++it)
+    if (!it->second.clean())
+      owed.add(it->second.range());
+  return owed;
+}
+
 /// Throws what storage says, but for a lack of room.
-bool WriteCache::ask_for_room(Storage& storage, const ByteRange& unit) {
+bool WriteCache::ask_for_room(Storage& storage, const ByteRange& unit, std::uint64_t forgotten) {
   const Capabilities& capabilities = storage.capabilities();
   if (!capabilities.can_zero || !capabilities.can_extents || capabilities.maximum < least_at_once)
     throw std::system_error(ENOTSUP, std::generic_category(), "large zeros, and extents");
+  const ByteRange whole = unit.intersection({0, capabilities.size});
   bool one_unit = false;
+  bool from_unit = false;
   for (;;) {
-    ByteRange window = unit.intersection({0, capabilities.size});
-    bool proven = false;
-    std::uint64_t forgotten = 0;
+    ByteRange window = whole;
     {
       const Lock lock(mutex_);
-      forgotten = forgotten_;
-      proven = room_.proven();
+      if (!still_sees(lock, storage, forgotten))
+        return true;
       if (!one_unit)
         window = room_.window(unit, capabilities.size);
+      if (from_unit)
+        window.begin = whole.begin;
     }
     const bool least = window.size() <= unit.size();
     const RangeLock::Owned owned = ranges_.own(window);
     if (settings_.alone && !settings_.alone())
-      throw std::system_error(ENOTSUP, std::generic_category(), "others use another cache");
-    ByteRanges holes = holes_in(storage, window);
+      throw std::system_error(EBUSY, std::generic_category(), "others use another cache");
+    Holes holes = holes_in(storage, window);
+    if (holes.end < whole.end && !std::exchange(from_unit, true))
+      continue; // storage did not come so far
+    // Of a unit of which it does not speak nobody can tell.
+    window.end = std::max(holes.end, whole.end);
     {
       const Lock lock(mutex_);
-      holes.remove(room_.known_in(window));
+      holes.ranges.remove(room_.known_in(window));
     }
-    if (!least && holes.count() > most_holes) {
+    if (!least && holes.ranges.count() > most_holes) {
       one_unit = true;
       continue;
     }
     try {
-      if (!proven && !holes.empty())
-        prove_room(storage, {holes.begin()->begin, holes.begin()->begin + unit.size()}, holes);
-      allocate(storage, holes);
+      allocate_proven(storage, holes.ranges, unit.size(), forgotten);
     } catch (const std::system_error& refusal) {
       if (!no_room(refusal.code()))
         throw;
+      {
+        const Lock lock(mutex_);
+        holes.ranges.remove(owed_in(lock, window));
+      }
       // Some of it may have been allocated, which others need now.
-      deallocate(storage, holes);
+      deallocate(storage, holes.ranges);
       const Lock lock(mutex_);
+      if (!still_sees(lock, storage, forgotten))
+        return true;
       room_.smaller(unit.size());
       if (!least)
         continue;
@@ -165,40 +228,56 @@ bool WriteCache::ask_for_room(Storage& storage, const ByteRange& unit) {
       return false;
     }
     const Lock lock(mutex_);
-    if (forgotten != forgotten_)
-      return true; // another disk has taken this one's place: whoever writes to it asks again
-    for (const ByteRange& hole : holes) {
+    if (!still_sees(lock, storage, forgotten))
+      return true;
+    for (const ByteRange& hole : holes.ranges) {
       room_.reserved(hole);
       zero_map_.zeroed(hole);
     }
     room_.found(window);
-    if (!holes.empty()) {
+    if (!holes.ranges.empty()) {
       room_.larger();
       settings_.counters->add_guarded(Count::reservations);
-      settings_.counters->add_guarded(Count::reserved_bytes, holes.bytes());
+      settings_.counters->add_guarded(Count::reserved_bytes, holes.ranges.bytes());
     }
     return true;
   }
 }
 
-/// Has storage allocate a little, `first` as far as it is in `holes`, and looks whether that is a
-/// hole still: or else storage has written zeros there, and would do so with all.
-void WriteCache::prove_room(Storage& storage, const ByteRange& first, const ByteRanges& holes) {
-  const ByteRanges little = holes.inside(first);
-  allocate(storage, little);
-  if (holes_in(storage, little.hull()) != little)
-    throw std::system_error(ENOTSUP, std::generic_category(), "it writes zeros");
-  const Lock lock(mutex_);
-  room_.prove();
+/// Has storage allocate `holes`: a little first where nobody knows yet whether that is a hole still
+/// then, or else storage writes zeros there, and would do so with all.
+void WriteCache::allocate_proven(Storage& storage, ByteRanges holes, std::uint64_t unit,
+                                 std::uint64_t forgotten) {
+  bool proven = false;
+  {
+    const Lock lock(mutex_);
+    proven = room_.proven();
+  }
+  if (!proven && !holes.empty()) {
+    const std::uint64_t begin = holes.hull().begin;
+    const ByteRanges little = holes.inside({begin, begin + std::max(unit, Room::beginning)});
+    Storage::ZeroOptions options;
+    options.fast = storage.capabilities().can_fast_zero;
+    for (const ByteRange& hole : little)
+      storage.zero(hole, options);
+    if (holes_in(storage, little.hull()).ranges != little)
+      throw std::system_error(ENOTSUP, std::generic_category(), "it writes zeros");
+    holes.remove(little);
+    const Lock lock(mutex_);
+    if (still_sees(lock, storage, forgotten))
+      room_.prove();
+  }
+  for (const ByteRange& hole : holes)
+    storage.allocate(hole);
 }
 
-/// Clients will come to that window soon. Returns whether there was one to see to.
+/// Clients will come to that unit soon. Returns whether there was one to see to.
 bool WriteCache::reserve_ahead() noexcept {
   Next described;
   ByteRange unit;
   {
     const Lock lock(mutex_);
-    const std::optional<ByteRange> next = std::exchange(next_window_, std::nullopt);
+    const std::optional<ByteRange> next = std::exchange(next_to_reserve_, std::nullopt);
     if (!next || asks_for_room_)
       return false;
     described.range = *next;
@@ -219,46 +298,68 @@ bool WriteCache::reserve_ahead() noexcept {
 
 /// The room in `range` may be gone: somebody trimmed it, or may have.
 void WriteCache::lose_room(const Lock& lock, const ByteRange& range) noexcept {
-  if (!room_.asks())
-    return;
   room_.gone(range);
   for (auto it = first_overlapping(lock, range); it != units_.end() && it->first < range.end; ++it)
     it->second.has_room = false;
 }
 
-bool WriteCache::has_reserved() const {
+bool WriteCache::may_have_reserved() const {
   const Lock lock(mutex_);
-  return room_.has_reserved();
+  return !room_.reserved().empty() || asks_for_room_ || next_to_reserve_;
 }
 
 void WriteCache::give_back_room(Storage& storage) {
+  constexpr std::chrono::seconds patience{5}; // with others' storage, which may hang
   ByteRanges back;
+  std::uint64_t forgotten = 0;
   {
     Lock lock(mutex_);
-    room_answered_.wait(lock, [this] { return !asks_for_room_; });
-    next_window_.reset();
-    if (is_guest(storage) || !room_.has_reserved())
+    next_to_reserve_.reset();
+    if (!room_answered_.wait_for(lock, patience, [this] { return !asks_for_room_; }))
       return;
+    if (is_guest(storage) || room_.reserved().empty())
+      return;
+    back = room_.reserved();
+    forgotten = forgotten_;
     asks_for_room_ = true; // whoever comes meanwhile asks after this
   }
   const Asking asking(*this);
-  {
-    const Lock lock(mutex_);
-    ByteRanges unclean;
-    for_each_unclean(lock, [&](const Unit& unit) { unclean.add(unit.range()); });
-    back = room_.give_back(unclean);
-    for (const ByteRange& range : back)
-      lose_room(lock, range);
-  }
   for (const ByteRange& range : back) {
     for (ByteRange rest = range.intersection({0, storage.capabilities().size}); !rest.empty();) {
       const ByteRange piece{rest.begin, std::min(rest.end, rest.begin + most_at_once)};
-      const RangeLock::Owned owned = ranges_.own(piece);
-      deallocate(storage, holes_in(storage, piece));
-      changed_on_storage(piece);
+      give_back_room(storage, piece, forgotten);
       rest.begin = piece.end;
     }
   }
+  // A filesystem may use it for what follows only when it has been told to keep what there is. An
+  // error must not be for bytes that a client is still to hear of: storage may say it only once.
+  if (all_flushed())
+    storage.flush();
+}
+
+/// Throws storage's error.
+void WriteCache::give_back_room(Storage& storage, const ByteRange& piece, std::uint64_t forgotten) {
+  const RangeLock::Owned owned = ranges_.own(piece);
+  // Where others have another cache their bytes may look like a hole.
+  if (settings_.alone && !settings_.alone())
+    return;
+  const ByteRanges holes = holes_in(storage, piece).ranges;
+  ByteRanges unused;
+  {
+    const Lock lock(mutex_);
+    if (!still_sees(lock, storage, forgotten))
+      return;
+    unused = room_.reserved_in(piece); // clients may have come to some of it meanwhile
+    unused.remove(owed_in(lock, piece));
+    ByteRanges back;
+    for (const ByteRange& range : unused) {
+      back.add(holes.inside(range));
+      lose_room(lock, range);
+    }
+    unused = std::move(back);
+  }
+  deallocate(storage, unused);
+  changed_on_storage(piece);
 }
 
 } // namespace qcowcache
