@@ -24,6 +24,7 @@
 #   LONG=1             full-sized inputs
 #   KEEP=1             leave $work behind, and print where it is
 #   TEST_TIMEOUT=SECS  a test that takes longer has failed (900)
+#   SLOWNESS           how many times as long as it should this machine takes (1)
 #   NBDKIT_PRELOAD     libraries for nbdkit alone: the runtime of the sanitizers
 #                      that the filter was built with, whose reports fail a test
 
@@ -138,11 +139,22 @@ unmount ()
     ! mountpoint -q "$1" || wait_until 20 umount --recursive "$1"
 }
 
+# timeout, but for a machine that takes longer: the driver of the tests sets SLOWNESS.
+timeout ()
+{
+    local options=()
+    while [[ $1 == -* ]]; do
+        options+=("$1" "$2")
+        shift 2
+    done
+    command timeout "${options[@]}" "$(($1 * ${SLOWNESS:-1}))" "${@:2}"
+}
+
 # wait_until SECONDS COMMAND...: true as soon as COMMAND is, false if it is not
 # within that time.
 wait_until ()
 {
-    local deadline=$((SECONDS + $1 + 1))
+    local deadline=$((SECONDS + $1 * ${SLOWNESS:-1} + 1))
     shift
     until "$@"; do
         [ "$SECONDS" -lt "$deadline" ] || return 1

@@ -4,6 +4,7 @@
 #include "connection.hpp"
 #include "image_bytes.hpp"
 #include "recording_storage.hpp"
+#include "sanitized.hpp"
 
 #include <algorithm>
 #include <cstdlib>
@@ -26,11 +27,7 @@ namespace {
 constexpr std::uint64_t unit = WriteCache::least_unit_size;
 
 // Under a sanitizer each run takes many times as long.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr std::uint64_t usual_runs = 3;
-#else
-constexpr std::uint64_t usual_runs = 6;
-#endif
+constexpr std::uint64_t usual_runs = sanitized ? 3 : 6;
 
 /// A journal made by hand, on a disk of zeros.
 class Story {

@@ -4,6 +4,7 @@
 #include "catch.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
+#include "sanitized.hpp"
 #include "serving.hpp"
 
 #include <algorithm>
@@ -25,11 +26,7 @@ constexpr std::uint64_t small_size = 5 * unit + 777;
 constexpr std::uint64_t large_size = 7 * unit + 1234;
 
 // Under a sanitizer each run takes many times as long, so it looks at every fiftieth request only.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr unsigned step = 50;
-#else
-constexpr unsigned step = 1;
-#endif
+constexpr unsigned step = sanitized ? 50 : 1;
 
 struct Fault {
   Kind kind = Kind::write;

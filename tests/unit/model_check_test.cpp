@@ -10,6 +10,7 @@
 #include "model_run.hpp"
 #include "model_sequence.hpp"
 #include "model_shrink.hpp"
+#include "sanitized.hpp"
 #include "watchdog.hpp"
 
 #include <cstdlib>
@@ -20,11 +21,7 @@
 namespace {
 
 // Under a sanitizer each takes many times as long.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr std::uint64_t usual_sequences = 200;
-#else
-constexpr std::uint64_t usual_sequences = 1000;
-#endif
+constexpr std::uint64_t usual_sequences = sanitized ? 200 : 1000;
 
 std::uint64_t number_from(const char* variable, std::uint64_t usual) {
   const char* text = std::getenv(variable);

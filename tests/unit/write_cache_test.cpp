@@ -3,6 +3,7 @@
 #include "catch.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
+#include "sanitized.hpp"
 #include "watched_thread.hpp"
 
 #include <algorithm>
@@ -1871,11 +1872,7 @@ TEST_CASE("a header that changes while others write leaves every byte right", "[
 }
 
 // Under a sanitizer each takes many times as long.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr unsigned random_seeds = 6;
-#else
-constexpr unsigned random_seeds = 24;
-#endif
+constexpr unsigned random_seeds = sanitized ? 6 : 24;
 
 TEST_CASE("random requests behave like an array of bytes", "[write_cache]") {
   const unsigned seed = GENERATE(range(0U, random_seeds));
