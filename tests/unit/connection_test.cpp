@@ -8,6 +8,7 @@
 #include "memory_storage.hpp"
 #include "scratch_directory.hpp"
 #include "serving.hpp"
+#include "watched_thread.hpp"
 
 #include <algorithm>
 #include <atomic>
@@ -811,6 +812,8 @@ TEST_CASE("who writes data does not wait for who decodes", "[connection]") {
     disk->read(20 * unit, stored);
   }
   CHECK(stored == data);
+  WatchedThread stop([&] { server.writeback.stop(); });
+  CHECK(stop.ends()); // no writer is caught
   loan.reset();
 }
 
@@ -836,7 +839,8 @@ TEST_CASE("a check that nobody waits for ends, and so does the one at the connec
     server.interrupted = true;
     CHECK_THROWS_AS(client.check(), Verifier::Interrupted);
     CHECK(server.told.empty());
-    const VerifiedClient another(server, "", disk, capabilities);
+    VerifiedClient another(server, "", disk, capabilities);
+    another.write(8 * unit, pattern(100, 2));
   }
   CHECK(server.told.size() == 1); // for both of them
 }

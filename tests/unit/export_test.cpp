@@ -684,6 +684,7 @@ TEST_CASE("what may be the same disk is recognised though others have changed it
   REQUIRE(first.flush() == 0);
   Client own(server, "a", unshared(), disk);
   own.write(102, "XY", true);
+  first.write(5 * unit, "held"); // there is something to lose
   Client second(server, "a", shared(), disk);
   second.write(3 * unit, "mine");
   CHECK(first.read(3 * unit, 4) == "mine");

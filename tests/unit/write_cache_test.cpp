@@ -462,28 +462,38 @@ TEST_CASE("partial units of one flush are stored at the same time", "[write_cach
     CHECK(bench.on_disk(2 * i * unit + unit, 100) == pattern(100, i));
 }
 
-TEST_CASE("a flush does not wait for a newer unit that others are writing", "[write_cache]") {
+TEST_CASE("a flush does not wait for newer bytes that others are writing", "[write_cache]") {
   WriteCache::Settings settings;
   settings.wake_writer = [](std::size_t /*waiting*/) {}; // the test decides when one writes
   Bench bench(MemoryStorage::everything(disk_size), plenty, std::move(settings));
   bench.with_header();
-  constexpr std::uint64_t older = unit;
-  constexpr std::uint64_t newer = 3 * unit;
+  constexpr std::uint64_t first = unit;
+  constexpr std::uint64_t second = 3 * unit;
+  // A unit of its own, or the one that the flush comes to last.
+  const std::uint64_t newer = GENERATE(3 * unit, 5 * unit);
   std::latch flushing(1);
   std::latch writing(1);
   std::latch go_on_flushing(1);
   std::latch go_on_writing(1);
+  std::atomic<bool> held = false;
   bench.storage.before = [&](const MemoryStorage::Call& call) {
     if (call.kind != Kind::write)
       return;
-    const bool of_flush = call.range.begin < newer;
-    (of_flush ? flushing : writing).count_down();
-    (of_flush ? go_on_flushing : go_on_writing).wait();
+    if (call.range.begin < second) {
+      flushing.count_down();
+      go_on_flushing.wait();
+    } else if (held) {
+      writing.count_down();
+      go_on_writing.wait();
+    }
   };
-  bench.write(older, pattern(100, 1));
+  bench.write(first, pattern(100, 1));
+  bench.write(second, pattern(100, 2));
   WatchedThread flush([&] { bench.cache->flush(bench.storage); });
   flushing.wait();
-  bench.write(newer, pattern(unit, 2));
+  CHECK(bench.cache->write_next(bench.storage)); // the second, in its place
+  held = true;
+  bench.write(newer, pattern(unit, 3));
   WatchedThread writer([&] { (void)bench.cache->write_next(bench.storage); });
   writing.wait();
   go_on_flushing.count_down();
@@ -1837,18 +1847,18 @@ TEST_CASE("units that wait because another was refused are tried again, whatever
   Bench bench(MemoryStorage::everything(disk_size), plenty, settings);
   bench.with_header();
   bench.write(2 * unit, pattern(unit, 1));
-  bench.write(4 * unit, pattern(unit, 2));
+  bench.write(4 * unit, pattern(100, 2));
   {
     const Refusal refusal(bench.storage, Kind::write, ENOSPC);
     bench.cache->write_next(bench.storage);
-    bench.cache->write_next(bench.storage); // as the other was: storage is not asked
   }
-  bench.cache->tick();                                           // one is queued again,
-  bench.cache->tick();                                           // and still waits;
-  bench.cache->trim(bench.storage, {2 * unit, 3 * unit}, false); // now nobody wants it any more
+  bench.cache->tick();                    // the one that was refused is queued again,
+  bench.cache->tick();                    // and still waits;
+  bench.cache->set_cluster_end(4 * unit); // the other: storage is full, as far as is known
+  bench.cache->trim(bench.storage, {2 * unit, 3 * unit}, false); // now nobody wants the first
   bench.cache->tick();
   CHECK(bench.cache->write_next(bench.storage));
-  CHECK(bench.on_disk(4 * unit, unit) == pattern(unit, 2));
+  CHECK(bench.on_disk(4 * unit, 100) == pattern(100, 2));
   CHECK(bench.cache->clean());
 }
 
