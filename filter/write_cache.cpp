@@ -735,10 +735,8 @@ public:
       place_ = cache_.line_.join(range);
     joined_ = true;
   }
-  void wait_for_memory(const Lock& lock, const ByteRange& range) {
-    join(lock, range);
-    cache_.line_.wait_for_memory(place_, true);
-  }
+  /// REQUIRES: it has joined.
+  void wait_for_memory(const Lock& /*lock*/) { cache_.line_.wait_for_memory(place_, true); }
   void forgo_memory(const Lock& /*lock*/) noexcept {
     if (joined_ && place_->waits_for_memory) {
       cache_.line_.wait_for_memory(place_, false);
@@ -757,7 +755,8 @@ private:
 Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
                             std::span<const std::byte> data, const ByteRange* request,
                             std::span<std::byte> refreshed) {
-  const Taken taken = absorb(line_.behind_all(), writer, offset, data, request, refreshed);
+  Lock lock(mutex_);
+  const Taken taken = absorb(lock, line_.behind_all(), writer, offset, data, request, refreshed);
   wake(taken.to_wake_for);
   return taken.absorbed;
 }
@@ -767,11 +766,11 @@ void WriteCache::wake(std::size_t waiting) const {
     settings_.wake_writer(waiting);
 }
 
-/// `absorb` for who stands at `place` in the line, but for waking writers.
-WriteCache::Taken WriteCache::absorb(WriteLine::Place place, const Storage& writer,
+/// `absorb` for who stands at `place` in the line, but for waking writers. The lock is given up
+/// when the bytes are held, and only then.
+WriteCache::Taken WriteCache::absorb(Lock& lock, WriteLine::Place place, const Storage& writer,
                                      std::uint64_t offset, std::span<const std::byte> data,
                                      const ByteRange* request, std::span<std::byte> refreshed) {
-  Lock lock(mutex_);
   if (request != nullptr)
     count_write(lock, *request);
   if (!caching(lock) || is_guest(writer))
@@ -881,9 +880,11 @@ bool WriteCache::passes_as_it_came(const Storage& storage, const ByteRange& rang
 /// The whole of `write`, from `place` in the line; `request`, if any, is a client's, to be counted.
 void WriteCache::take(InLine& place, Storage& storage, std::uint64_t offset,
                       std::span<const std::byte> data, bool fua, const ByteRange* request) {
-  if (!layout_was_read_)
-    learn_layout(storage);
   ByteRange rest{offset, offset + data.size()};
+  if (!layout_was_read_) {
+    place.join(Lock(mutex_), rest); // storage may take long to answer
+    learn_layout(storage);
+  }
   if (fua || passes_as_it_came(storage, rest)) {
     if (request != nullptr)
       count_write(Lock(mutex_), *request);
@@ -894,9 +895,12 @@ void WriteCache::take(InLine& place, Storage& storage, std::uint64_t offset,
   std::size_t to_wake_for = 0;
   const auto absorbs = [&](const ByteRange& piece) {
     try {
-      const Taken taken = absorb(place.place(), storage, piece.begin,
+      Lock lock(mutex_);
+      const Taken taken = absorb(lock, place.place(), storage, piece.begin,
                                  data.subspan(piece.begin - offset, piece.size()),
                                  std::exchange(request, nullptr), {});
+      if (taken.absorbed != Absorbed::held)
+        place.join(lock, rest); // nobody who comes from now on is served before it
       to_wake_for = std::max(to_wake_for, taken.to_wake_for);
       return taken.absorbed;
     } catch (const std::bad_alloc&) {
@@ -920,22 +924,19 @@ void WriteCache::take(InLine& place, Storage& storage, std::uint64_t offset,
     case Absorbed::off:
       tick(); // what is still cached has nobody else to write it, without background writers
       if (begins_without_room(storage, rest.begin, data.subspan(rest.begin - offset))) {
-        place.join(Lock(mutex_), rest);
         // Whether it fits storage says itself.
         static_cast<void>(reserve(storage, {0, least_unit_size}));
       }
       goes_through = true;
       break;
     case Absorbed::no_memory:
-      place.wait_for_memory(Lock(mutex_), rest);
+      place.wait_for_memory(Lock(mutex_));
       goes_through = !make_room(storage, place);
       break;
     case Absorbed::unit_busy:
-      place.join(Lock(mutex_), rest);
       goes_through = !write_busy_units(storage, piece);
       break;
     case Absorbed::behind_others:
-      place.join(Lock(mutex_), rest);
       wait_turn(place, piece);
       break;
     case Absorbed::no_gain:
@@ -947,7 +948,6 @@ void WriteCache::take(InLine& place, Storage& storage, std::uint64_t offset,
       break;
     case Absorbed::unreserved:
       // Storage may take long to answer.
-      place.join(Lock(mutex_), rest);
       place.forgo_memory(Lock(mutex_));
       goes_through = !reserve(storage, {border - size, border});
       break;

@@ -394,7 +394,7 @@ private:
     /// How many units wait to be written, where one was completed; or else 0.
     std::size_t to_wake_for = 0;
   };
-  Taken absorb(WriteLine::Place place, const Storage& writer, std::uint64_t offset,
+  Taken absorb(Lock& lock, WriteLine::Place place, const Storage& writer, std::uint64_t offset,
                std::span<const std::byte> data, const ByteRange* request,
                std::span<std::byte> refreshed);
   void wake(std::size_t waiting) const;

@@ -14,12 +14,22 @@ fi
 
 fresh_file "$work/disk" 32M
 write_header "$work/disk" 16
-start_nbdkit server --filter="$FILTER" --filter=delay file "$work/disk" wdelay=10ms \
-    qcowcache-size=1M
-python "$work/server.sock" "$rounds" <<'END'
+# The log filter says what has arrived.
+start_nbdkit server --filter=log --filter="$FILTER" --filter=delay file "$work/disk" \
+    logfile="$work/arrived.log" wdelay=20ms qcowcache-size=1M
+python "$work/server.sock" "$rounds" "$work/arrived.log" <<'END'
 import nbd, os, random, signal, sys, time
-address, rounds = sys.argv[1], int(sys.argv[2])
+address, rounds, log = sys.argv[1], int(sys.argv[2]), open(sys.argv[3])
 random.seed(17)
+
+def all_arrive(todo):
+    """Waits until all of these are in the server: what is still in a socket may come at any time."""
+    missing = [f" offset={offset:#x} count={size:#x} " for offset, size in todo]
+    while missing:
+        line = log.readline()
+        missing = [each for each in missing if not (" Write id=" in line and each in line)]
+        if not line:
+            time.sleep(0.001)
 
 def connect():
     client = nbd.NBD()
@@ -45,7 +55,8 @@ class Silent:
             signal.pause()
         os.read(sent, 1)
         os.close(sent)
-        time.sleep(random.uniform(0.002, 0.03))
+        all_arrive(todo)
+        time.sleep(random.uniform(0.01, 0.05))
 
     def end(self):
         os.kill(self.child, signal.SIGKILL)

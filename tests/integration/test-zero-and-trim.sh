@@ -8,7 +8,8 @@ set -e
 
 fresh_file "$work/disk" 134218251
 write_header "$work/disk" 16
-start_nbdkit server --filter="$FILTER" --filter=log file "$work/disk" logfile="$work/below.log"
+start_nbdkit server --filter="$FILTER" --filter=log file "$work/disk" logfile="$work/below.log" \
+    qcowcache-reserve=0 # for which a request may be larger
 python "$work/server.sock" "$work/disk" <<'END'
 import nbd, sys
 client = nbd.NBD()

@@ -1862,6 +1862,27 @@ TEST_CASE("units that wait because another was refused are tried again, whatever
   CHECK(bench.cache->clean());
 }
 
+TEST_CASE("who has storage read the header is not overtaken meanwhile", "[write_cache]") {
+  Bench bench;
+  bench.storage.disk().write(0, qcow2_header(16), true);
+  std::latch reads(1);
+  std::latch go_on(1);
+  bench.storage.before = [&](const MemoryStorage::Call& call) {
+    if (call.kind != Kind::read || call.range.begin != 0)
+      return;
+    reads.count_down();
+    go_on.wait();
+  };
+  WatchedThread older([&] { bench.write(2 * unit, pattern(100, 1)); });
+  reads.wait();
+  WatchedThread newer([&] { bench.write(2 * unit, pattern(100, 2)); });
+  CHECK(newer.waits());
+  go_on.count_down();
+  REQUIRE(older.ends());
+  REQUIRE(newer.ends());
+  CHECK(bench.read(2 * unit, 100) == pattern(100, 2));
+}
+
 TEST_CASE("a header that changes while others write leaves every byte right", "[write_cache]") {
   Bench bench;
   bench.with_header(21);
