@@ -1,6 +1,7 @@
 #pragma once
 
-/// Whether the filter is compiled with a sanitizer, under which everything takes many times as long.
+/// Whether the filter is compiled with a sanitizer, under which everything takes many times as
+/// long.
 #ifdef SANITIZED
 inline constexpr bool sanitized = true;
 #else
