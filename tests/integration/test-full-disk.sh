@@ -60,19 +60,25 @@ needs ()
     qemu-img convert -c -f raw -O qcow2 -o compression_type="$1" "$work/guest" "$work/image"
     du -k "$work/image" | cut -f1
 }
-# ext4 KIB: a filesystem with so much room, on $work/small; false where there are no loop devices
-ext4 ()
+# on_a_loop FILESYSTEM SIZE KIB: a new one of that size with so much room, on $work/small;
+# false where there are no loop devices
+on_a_loop ()
 {
-    fresh_file "$work/ext4" 96M
-    mkfs.ext4 -q -F -m 0 "$work/ext4"
+    fresh_file "$work/$1" "$2"
+    case $1 in
+        ext4) mkfs.ext4 -q -F -m 0 "$work/$1" ;;
+        xfs) mkfs.xfs -q -f "$work/$1" ;;
+    esac
     mkdir -p "$work/small"
-    mount -o loop "$work/ext4" "$work/small" || return
+    mount -o loop "$work/$1" "$work/small" || return
     cleanup_fn unmount "$work/small"
     : >"$work/small/disk"
     local free
     free=$(df --output=avail -k "$work/small" | tail -1)
-    fallocate -l "$((free - $1))K" "$work/small/filler"
+    fallocate -l "$((free - $3))K" "$work/small/filler"
 }
+ext4 () { on_a_loop ext4 96M "$1"; }
+xfs () { on_a_loop xfs 400M "$1"; }
 tmpfs () { small_filesystem "$work/small" "${1}k"; }
 # full FILESYSTEM KIB ORDER COMPRESSION PLUGIN-ARGUMENT...
 full ()
@@ -87,7 +93,7 @@ full ()
     unmount "$work/small"
 }
 
-requires_program mkfs.ext4
+requires_program mkfs.ext4 mkfs.xfs
 loops=false
 if ext4 1024; then
     loops=true
@@ -114,8 +120,10 @@ for compression in zlib zstd; do
             # Its own tables take room as well.
             [ "$compression" = zlib ] || [ "${LONG:-}" = 1 ] || continue
             "$loops" || continue
-            full ext4 "$room" "$order" "$compression" file "$work/small/disk"
-            full ext4 "$room" "$order" "$compression" file "$work/small/disk" cache=none
+            for filesystem in ext4 xfs; do
+                full "$filesystem" "$room" "$order" "$compression" file "$work/small/disk"
+                full "$filesystem" "$room" "$order" "$compression" file "$work/small/disk" cache=none
+            done
             full ext4 "$room" "$order" "$compression" nbd socket="$work/direct.sock"
         done
     done
