@@ -16,11 +16,25 @@ RangeLock::Owned::~Owned() {
 RangeLock::Owned RangeLock::own(const ByteRange& range) {
   std::unique_lock lock(mutex_);
   const auto mine = in_order_of_request_.insert(in_order_of_request_.end(), range);
-  released_.wait(lock, [&] {
-    return std::none_of(in_order_of_request_.begin(), mine,
-                        [&](const ByteRange& earlier) { return earlier.overlaps(range); });
-  });
+  released_.wait(lock, [&] { return granted(mine); });
   return {*this, mine};
+}
+
+std::optional<RangeLock::Owned>
+RangeLock::own_until(const ByteRange& range, std::chrono::steady_clock::time_point deadline) {
+  std::unique_lock lock(mutex_);
+  const auto mine = in_order_of_request_.insert(in_order_of_request_.end(), range);
+  if (released_.wait_until(lock, deadline, [&] { return granted(mine); }))
+    return Owned(*this, mine);
+  in_order_of_request_.erase(mine);
+  lock.unlock();
+  released_.notify_all();
+  return std::nullopt;
+}
+
+bool RangeLock::granted(std::list<ByteRange>::iterator mine) const noexcept {
+  return std::none_of(in_order_of_request_.begin(), std::list<ByteRange>::const_iterator(mine),
+                      [&](const ByteRange& earlier) { return earlier.overlaps(*mine); });
 }
 
 void RangeLock::release(std::list<ByteRange>::iterator entry) noexcept {

@@ -2,9 +2,11 @@
 
 #include "byte_ranges.hpp"
 
+#include <chrono>
 #include <condition_variable>
 #include <list>
 #include <mutex>
+#include <optional>
 
 namespace qcowcache {
 
@@ -42,8 +44,12 @@ public:
   /// Waits until `range` can be owned. REQUIRES: the calling thread owns no range of this lock and
   /// holds no mutex.
   Owned own(const ByteRange& range);
+  /// The same, but not for longer than until `deadline`: nothing then, and nobody waits behind it.
+  std::optional<Owned> own_until(const ByteRange& range,
+                                 std::chrono::steady_clock::time_point deadline);
 
 private:
+  [[nodiscard]] bool granted(std::list<ByteRange>::iterator mine) const noexcept;
   void release(std::list<ByteRange>::iterator entry) noexcept;
 
   std::mutex mutex_;

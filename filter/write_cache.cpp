@@ -51,8 +51,10 @@ WriteCache::WriteCache(Settings settings, const Capabilities& capabilities, Rang
       account_(budget), room_(settings_.reserve), size_(capabilities.size),
       unit_size_(unit_size_for(settings_.cluster_size.value_or(0), preferred_)),
       wanted_unit_size_(unit_size_), has_layout_(settings_.cluster_size.has_value()) {
-  if (settings_.cluster_size)
-    tell_layout(Lock(mutex_));
+  if (!settings_.cluster_size)
+    return;
+  layout_was_read_ = true; // there is nothing to read
+  tell_layout(Lock(mutex_));
 }
 
 WriteCache::~WriteCache() = default;
@@ -427,9 +429,14 @@ void WriteCache::header_changed(const Lock& lock, const ByteRange& range) {
   if (header_.complete(size_))
     header_unread_ = 0;
   else
-    layout_was_read_ = header_unread_ >= most_header_reads;
+    layout_was_read_ = settings_.cluster_size || header_unread_ >= most_header_reads;
   relayout(lock);
   tell_layout(lock);
+}
+
+/// Whether the header is not known, and there is memory to do something about it.
+bool WriteCache::header_wanted(const Lock& /*lock*/) const noexcept {
+  return budget_.allows_two(unit_size_, bookkeeping()) && !header_.complete(size_);
 }
 
 void WriteCache::learn_layout(Storage& storage) {
@@ -442,8 +449,8 @@ void WriteCache::learn_layout(Storage& storage) {
     const Lock lock(mutex_);
     if (is_guest(storage))
       return; // what it reads may be another disk's
-    const bool in_vain = !budget_.allows_two(unit_size_, bookkeeping());
-    if (in_vain || header_.complete(size_)) {
+    if (!header_wanted(lock)) {
+      layout_was_read_ = header_.complete(size_);
       tell_layout(lock);
       return;
     }
@@ -580,7 +587,7 @@ void WriteCache::forget_learned(const Lock& lock) {
   next_to_reserve_.reset();
   for_each_unclean(lock, [](Unit& unit) { unit.has_room = false; });
   header_.forget({0, qcow2::header_bytes});
-  layout_was_read_ = false;
+  layout_was_read_ = settings_.cluster_size.has_value();
   header_unread_ = 0;
   ++forgotten_;
   relayout(lock);
@@ -882,7 +889,8 @@ void WriteCache::take(InLine& place, Storage& storage, std::uint64_t offset,
                       std::span<const std::byte> data, bool fua, const ByteRange* request) {
   ByteRange rest{offset, offset + data.size()};
   if (!layout_was_read_) {
-    place.join(Lock(mutex_), rest); // storage may take long to answer
+    if (const Lock lock(mutex_); header_wanted(lock))
+      place.join(lock, rest); // storage may take long to answer
     learn_layout(storage);
   }
   if (fua || passes_as_it_came(storage, rest)) {
@@ -922,6 +930,7 @@ void WriteCache::take(InLine& place, Storage& storage, std::uint64_t offset,
     bool goes_through = false;
     switch (absorbed) {
     case Absorbed::off:
+      place.join(Lock(mutex_), rest); // memory may have failed it before it had
       tick(); // what is still cached has nobody else to write it, without background writers
       if (begins_without_room(storage, rest.begin, data.subspan(rest.begin - offset))) {
         // Whether it fits storage says itself.
@@ -934,9 +943,11 @@ void WriteCache::take(InLine& place, Storage& storage, std::uint64_t offset,
       goes_through = !make_room(storage, place);
       break;
     case Absorbed::unit_busy:
+      place.forgo_memory(Lock(mutex_)); // who has that unit may take long
       goes_through = !write_busy_units(storage, piece);
       break;
     case Absorbed::behind_others:
+      place.forgo_memory(Lock(mutex_));
       wait_turn(place, piece);
       break;
     case Absorbed::no_gain:
@@ -1102,14 +1113,14 @@ void WriteCache::write_through(InLine& place, Storage& storage, std::uint64_t of
     if (is_guest(storage)) {
       changed_by_guest(lock, blocks);
     } else {
+      zero_map_.changed(blocks);
+      room_.wrote(blocks);
+      witnesses_.changed(blocks);
       for_each_unit(lock, range, [&](Unit& unit) {
         const ByteRange piece = range.intersection(unit.range());
         unit.wrote_through(piece.begin, data.subspan(piece.begin - offset, piece.size()));
         settle(lock, unit);
       });
-      zero_map_.changed(blocks);
-      room_.wrote(blocks);
-      witnesses_.changed(blocks);
       witnesses_.wrote(range, data, begun);
       header_.wrote(offset, data);
       header_changed(lock, range);
@@ -1214,8 +1225,10 @@ bool WriteCache::make_room(Storage& storage, InLine& place) {
     if (!budget_.press(*this) || !owes)
       return false;
   }
-  // Storage has as many requests at once as clients would have under way without the cache.
-  if (more_at_once && write_oldest(storage))
+  // Storage has as many requests at once as clients would have under way without the cache. Where
+  // there is memory for who is next that one may hang, and need not be joined.
+  const bool free = budget_.used() + needed <= budget_.limit();
+  if (more_at_once && !free && write_oldest(storage))
     return true;
   return budget_.wait_for_change(seen, patience) || !is_next || write_oldest(storage);
 }
@@ -1372,15 +1385,20 @@ void WriteCache::zero(Storage& storage, const ByteRange& range,
   if (!blocks.empty()) {
     wait_turn(place, range);
     const RangeLock::Owned owned = ranges_.own(blocks);
+    const auto failed = [&] {
+      if (options.may_trim)
+        lose_room(Lock(mutex_), blocks); // some of it may have been done
+      failed_on_storage(blocks);
+    };
     try {
       storage.zero(blocks, options);
     } catch (const std::system_error& refusal) {
       // Where a fast zero is not supported nothing was done, and there is nothing to forget.
       if (!options.fast || refusal.code() != std::errc::not_supported)
-        failed_on_storage(blocks);
+        failed();
       throw;
     } catch (...) {
-      failed_on_storage(blocks);
+      failed();
       throw;
     }
     {
@@ -1389,16 +1407,16 @@ void WriteCache::zero(Storage& storage, const ByteRange& range,
       if (is_guest(storage)) {
         changed_by_guest(lock, blocks);
       } else {
-        for_each_unit(lock, blocks, [&](Unit& unit) {
-          unit.zeroed(blocks);
-          settle(lock, unit);
-        });
-        zero_map_.zeroed(blocks);
         if (options.may_trim)
           lose_room(lock, blocks);
         else
           room_.wrote(blocks); // a client wants to have it, whether it writes there or not
         witnesses_.changed(blocks);
+        for_each_unit(lock, blocks, [&](Unit& unit) {
+          unit.zeroed(blocks);
+          settle(lock, unit);
+        });
+        zero_map_.zeroed(blocks);
         header_.zeroed(blocks);
         header_changed(lock, blocks);
       }
@@ -1428,6 +1446,7 @@ void WriteCache::trim(Storage& storage, const ByteRange& range, bool fua) {
   try {
     storage.trim(blocks, fua);
   } catch (...) {
+    lose_room(Lock(mutex_), blocks); // some of it may have been done
     failed_on_storage(blocks);
     throw;
   }
@@ -1447,13 +1466,13 @@ void WriteCache::discard(const ByteRange& range) {
 
 void WriteCache::discard(const Lock& lock, const ByteRange& range) {
   ++moment_;
+  lose_room(lock, range);
+  zero_map_.changed(range);
+  witnesses_.changed(range);
   for_each_unit(lock, range, [&](Unit& unit) {
     unit.discard(range);
     settle(lock, unit);
   });
-  lose_room(lock, range);
-  zero_map_.changed(range);
-  witnesses_.changed(range);
   header_.forget(range);
   header_changed(lock, range);
 }

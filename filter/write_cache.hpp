@@ -102,6 +102,9 @@ public:
     /// Storage that refused a unit is left alone for so long; then one of the units that it refused
     /// is tried again, and each that it takes is followed by the next. Flushes do not wait for it.
     std::chrono::milliseconds retry = std::chrono::seconds(5);
+    /// Who waits for room that others ask for, whose storage may hang, does so until that has taken
+    /// so long.
+    std::chrono::milliseconds patience = std::chrono::seconds(5);
     /// No more is held than storage writes in this time, by its measured rate; nothing: no such
     /// bound.
     std::optional<std::chrono::milliseconds> max_delay;
@@ -405,6 +408,7 @@ private:
                               const ByteRange& unit) const noexcept;
   [[nodiscard]] bool begins_without_room(const Storage& storage, std::uint64_t offset,
                                          std::span<const std::byte> data) const;
+  void asks_for_room(const Lock&) noexcept;
   [[nodiscard]] bool reserve(Storage& storage, const ByteRange& unit);
   [[nodiscard]] bool reserve_in_turn(Storage& storage, const ByteRange& unit);
   [[nodiscard]] bool ask_for_room(Storage& storage, const ByteRange& unit, std::uint64_t forgotten);
@@ -458,6 +462,7 @@ private:
   void count_fill_up(const ByteRange& range);
   void count_written(const Lock&, const Unit& unit) noexcept;
   void tell_layout(const Lock& lock);
+  [[nodiscard]] bool header_wanted(const Lock&) const noexcept;
   void tell_refusal(const ByteRange& range, const std::exception& refusal);
   void tell_written(const Lock&, Unit::Reason reason);
 
@@ -498,6 +503,7 @@ private:
   Room room_;
   /// Somebody asks storage for room now.
   bool asks_for_room_ = false;
+  Room::Clock::time_point asks_since_;
   std::condition_variable room_answered_;
   /// The unit for whose window a background writer is to ask.
   std::optional<ByteRange> next_to_reserve_;

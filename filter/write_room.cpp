@@ -25,6 +25,8 @@ constexpr std::uint64_t most_at_once = std::uint64_t{32} * 1024 * 1024;
 constexpr std::uint64_t least_at_once = std::uint64_t{1024} * 1024;
 /// In so many pieces nobody reserves a window.
 constexpr std::size_t most_holes = 16;
+/// So long a window may keep those waiting that own parts of it, and those that came after it.
+constexpr std::chrono::milliseconds window_patience{100};
 
 struct Holes {
   /// What storage calls a hole that reads as zeros.
@@ -91,6 +93,12 @@ private:
   WriteCache& cache_;
 };
 
+/// Nobody else does until `Asking` ends. REQUIRES: nobody does.
+void WriteCache::asks_for_room(const Lock& /*lock*/) noexcept {
+  asks_for_room_ = true;
+  asks_since_ = Room::Clock::now();
+}
+
 /// Whether there is room for as much of a unit as this connection sees of the export.
 bool WriteCache::has_room(const Lock& /*lock*/, const Storage& storage,
                           const ByteRange& unit) const noexcept {
@@ -109,14 +117,12 @@ bool WriteCache::begins_without_room(const Storage& storage, std::uint64_t offse
 }
 
 /// Whether a client's write to `unit` finds room on storage, or nobody can tell. Waits for who asks
-/// already, but not for ever: his storage may hang.
+/// already, but not for ever, nor does each write wait anew: his storage may hang.
 bool WriteCache::reserve(Storage& storage, const ByteRange& unit) {
   constexpr std::chrono::milliseconds between_questions{50};
-  constexpr std::chrono::seconds patience{5};
-  const auto deadline = Room::Clock::now() + patience;
   Lock lock(mutex_);
   while (asks_for_room_) {
-    if (Room::Clock::now() >= deadline)
+    if (Room::Clock::now() - asks_since_ >= settings_.patience)
       return false;
     room_answered_.wait_for(lock, between_questions);
     lock.unlock();
@@ -125,7 +131,7 @@ bool WriteCache::reserve(Storage& storage, const ByteRange& unit) {
   }
   if (has_room(lock, storage, unit) || is_guest(storage))
     return true;
-  asks_for_room_ = true;
+  asks_for_room(lock);
   lock.unlock();
   const Asking asking(*this);
   return reserve_in_turn(storage, unit);
@@ -191,7 +197,15 @@ bool WriteCache::ask_for_room(Storage& storage, const ByteRange& unit, std::uint
         window.begin = whole.begin;
     }
     const bool least = window.size() <= unit.size();
-    const RangeLock::Owned owned = ranges_.own(window);
+    const std::optional<RangeLock::Owned> owned = ranges_.own_until(
+        window, Room::Clock::now() + (least ? settings_.patience : window_patience));
+    if (!owned && least)
+      return false;
+    if (!owned) { // somebody takes long: in a smaller one he may not be
+      const Lock lock(mutex_);
+      room_.smaller(unit.size());
+      continue;
+    }
     if (settings_.alone && !settings_.alone())
       throw std::system_error(EBUSY, std::generic_category(), "others use another cache");
     Holes holes = holes_in(storage, window);
@@ -260,7 +274,12 @@ void WriteCache::allocate_proven(Storage& storage, ByteRanges holes, std::uint64
     options.fast = storage.capabilities().can_fast_zero;
     for (const ByteRange& hole : little)
       storage.zero(hole, options);
-    if (holes_in(storage, little.hull()).ranges != little)
+    ByteRanges still = holes_in(storage, little.hull()).ranges;
+    {
+      const Lock lock(mutex_);
+      still.remove(room_.known_in(little.hull())); // what clients zeroed may look like a hole, too
+    }
+    if (still != little)
       throw std::system_error(ENOTSUP, std::generic_category(), "it writes zeros");
     holes.remove(little);
     const Lock lock(mutex_);
@@ -283,7 +302,7 @@ bool WriteCache::reserve_ahead() noexcept {
     described.range = *next;
     described.dirty_end = next->end;
     unit = {next->begin, next->begin + unit_size_};
-    asks_for_room_ = true;
+    asks_for_room(lock);
   }
   const Asking asking(*this);
   try {
@@ -309,19 +328,18 @@ bool WriteCache::may_have_reserved() const {
 }
 
 void WriteCache::give_back_room(Storage& storage) {
-  constexpr std::chrono::seconds patience{5}; // with others' storage, which may hang
   ByteRanges back;
   std::uint64_t forgotten = 0;
   {
     Lock lock(mutex_);
     next_to_reserve_.reset();
-    if (!room_answered_.wait_for(lock, patience, [this] { return !asks_for_room_; }))
+    if (!room_answered_.wait_for(lock, settings_.patience, [this] { return !asks_for_room_; }))
       return;
     if (is_guest(storage) || room_.reserved().empty())
       return;
     back = room_.reserved();
     forgotten = forgotten_;
-    asks_for_room_ = true; // whoever comes meanwhile asks after this
+    asks_for_room(lock); // whoever comes meanwhile asks after this
   }
   const Asking asking(*this);
   for (const ByteRange& range : back) {
@@ -339,7 +357,9 @@ void WriteCache::give_back_room(Storage& storage) {
 
 /// Throws storage's error.
 void WriteCache::give_back_room(Storage& storage, const ByteRange& piece, std::uint64_t forgotten) {
-  const RangeLock::Owned owned = ranges_.own(piece);
+  const auto owned = ranges_.own_until(piece, Room::Clock::now() + settings_.patience);
+  if (!owned)
+    return; // it stays reserved
   // Where others have another cache their bytes may look like a hole.
   if (settings_.alone && !settings_.alone())
     return;

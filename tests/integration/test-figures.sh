@@ -12,7 +12,7 @@ source "$(dirname "$0")/functions.sh"
 set -e
 
 if [ "${LONG:-}" = 1 ]; then : "${SIZE:=512M}"; fi
-: "${SIZE:=128M}"
+: "${SIZE:=64M}"
 make_tar_image "$work/source" "$SIZE"
 target=$work/target.qcow2
 missed=0

@@ -6,9 +6,11 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <latch>
 #include <list>
+#include <memory>
 #include <optional>
 #include <random>
 #include <stdexcept>
@@ -145,6 +147,16 @@ TEST_CASE("who waits does not keep others from ranges that nobody asked for", "[
   REQUIRE(owners.ask({0, 100}).is_granted());
   REQUIRE(owners.ask({50, 150}).waits());
   REQUIRE(owners.ask({150, 250}).is_granted());
+}
+
+TEST_CASE("who waits only until a moment keeps nobody waiting after it", "[range_lock]") {
+  RangeLock lock;
+  const auto now = std::chrono::steady_clock::now();
+  auto first = std::make_unique<RangeLock::Owned>(lock.own({0, 10}));
+  CHECK_FALSE(lock.own_until({5, 20}, now));
+  CHECK(lock.own_until({10, 20}, now)); // behind nobody
+  first.reset();
+  CHECK(lock.own_until({5, 20}, now));
 }
 
 TEST_CASE("a range that waits for two is granted with the second", "[range_lock]") {

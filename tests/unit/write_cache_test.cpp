@@ -2009,3 +2009,77 @@ TEST_CASE("threads that share every block lose nothing", "[write_cache]") {
   CHECK(bench.storage.disk().durable() == model);
   CHECK(bench.storage.violations().empty());
 }
+
+TEST_CASE("with a cluster size that was asked for, a write that is held asks for nothing",
+          "[write_cache]") {
+  unsigned asked = 0;
+  WriteCache::Settings settings;
+  settings.cluster_size = unit;
+  settings.interrupted = [&] {
+    ++asked;
+    return false;
+  };
+  Bench bench(MemoryStorage::everything(disk_size), plenty, std::move(settings));
+  for (std::uint64_t i = 0; i < 10; ++i)
+    bench.write(i * 64, pattern(64, 1));
+  bench.cache->forget_all();
+  bench.write(unit, pattern(64, 1));
+  CHECK(asked == 0);
+  CHECK(bench.storage.calls(Kind::read).empty());
+}
+
+TEST_CASE("who waits for storage that hangs keeps memory from nobody", "[write_cache]") {
+  // Whose storage hangs: of who is ahead in the same unit, or of who has dirty bytes when memory is
+  // used up.
+  const bool ahead = GENERATE(true, false);
+  std::unique_ptr<Handle> lent;
+  WriteCache::Settings settings;
+  settings.cluster_size = unit;
+  settings.wake_writer = [](std::size_t /*waiting*/) {}; // they are all busy elsewhere
+  settings.lend = [&](const WriteCache::Next& /*next*/) { return lent->use(); };
+  Bench bench(MemoryStorage::everything(disk_size), plenty, std::move(settings));
+  auto owned = std::make_unique<MemoryStorage>(bench.storage.capabilities());
+  MemoryStorage& hangs = *owned;
+  if (ahead)
+    lent = std::make_unique<Handle>(std::make_unique<MemoryStorage>(bench.storage.capabilities()));
+  else
+    lent = std::make_unique<Handle>(std::move(owned));
+  std::vector<std::shared_ptr<MemoryBudget::Buffer>> others;
+  const auto others_take_all = [&] {
+    for (const std::size_t size : {unit, std::uint64_t{4096}}) {
+      while (auto buffer = bench.budget.try_take(size, 0))
+        others.push_back(std::move(buffer));
+    }
+  };
+  // Something is saved by holding, so that memory is worth waiting for.
+  for (std::uint64_t i = 0; i < 120; ++i)
+    bench.cache->write(hangs, 20 * unit + i % 3 * unit + i / 3 * 100, pattern(100, 1), false);
+  others_take_all();
+
+  std::latch reached{1};
+  std::latch open{1};
+  hangs.before =
+      [&, told = std::make_shared<std::atomic<bool>>(false)](const MemoryStorage::Call& call) {
+        if (call.kind != Kind::write)
+          return;
+        if (!told->exchange(true))
+          reached.count_down();
+        open.wait();
+      };
+  std::optional<WatchedThread> first;
+  if (ahead)
+    first.emplace([&] { bench.cache->write(hangs, 11 * unit, pattern(4096, 2), true); });
+  if (ahead)
+    reached.wait();
+  WatchedThread waiting([&] { bench.write(10 * unit, pattern(unit + 4096, 3)); });
+  if (ahead)
+    CHECK(waiting.waits());
+  else
+    reached.wait();
+  others.clear();
+  bench.budget.note_change();
+  MemoryStorage healthy(bench.storage.capabilities());
+  WatchedThread another([&] { bench.cache->write(healthy, 40 * unit, pattern(100, 4), false); });
+  CHECK(another.ends());
+  open.count_down();
+}

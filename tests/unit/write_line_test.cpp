@@ -26,6 +26,19 @@ TEST_CASE("who comes later is behind those who ask for the same bytes") {
   line.leave(second);
 }
 
+TEST_CASE("who has not asked for memory for long keeps it from nobody") {
+  using std::chrono::milliseconds;
+  WriteLine line;
+  const WriteLine::Clock::time_point now{};
+  const auto hangs = line.join({0, 1});
+  line.wait_for_memory(hangs, true, now);
+  const auto later = now + WriteLine::patience;
+  CHECK_FALSE(line.may_take_memory(line.behind_all(), later - milliseconds(1)));
+  CHECK(line.may_take_memory(line.behind_all(), later));
+  line.wait_for_memory(hangs, true, later); // it comes back
+  CHECK_FALSE(line.may_take_memory(line.behind_all(), later));
+}
+
 TEST_CASE("memory goes to whoever has waited for it longest") {
   WriteLine line;
   const auto through = line.join({0, 1});

@@ -32,12 +32,14 @@ constexpr std::uint64_t disk_size = 4 * window;
 struct Bench {
   explicit Bench(const Capabilities& capabilities = MemoryStorage::everything(disk_size),
                  std::uint64_t reserve = window,
-                 std::chrono::milliseconds retry = WriteCache::Settings().retry)
+                 std::chrono::milliseconds retry = WriteCache::Settings().retry,
+                 std::chrono::milliseconds patience = WriteCache::Settings().patience)
       : budget(std::size_t{64} * 1024 * 1024), storage(capabilities) {
     WriteCache::Settings settings;
     settings.cluster_size = unit;
     settings.reserve = reserve;
     settings.retry = retry;
+    settings.patience = patience;
     cache = std::make_shared<WriteCache>(std::move(settings), capabilities, ranges, budget);
     budget.add_holder(cache);
   }
@@ -331,6 +333,17 @@ TEST_CASE("where a client trims, or zeros, room is looked for again", "[write_ro
     bench.cache->trim(bench.storage, range, false);
     asks_again();
   }
+  SECTION("a trim, and zeros that may be a hole, that fail when they are done") {
+    bench.storage.after = [](const MemoryStorage::Call& call) {
+      if (call.kind == Kind::trim || (call.kind == Kind::zero && call.may_trim))
+        throw std::system_error(EIO, std::generic_category(), "late");
+    };
+    if (GENERATE(true, false))
+      CHECK_THROWS_AS(bench.cache->trim(bench.storage, range, false), std::system_error);
+    else
+      CHECK_THROWS_AS(bench.cache->zero(bench.storage, range, {true}), std::system_error);
+    asks_again();
+  }
   SECTION("zeros that may be a hole") {
     bench.cache->zero(bench.storage, range, {true});
     asks_again();
@@ -381,6 +394,70 @@ TEST_CASE("one asks, and others wait for the answer if they need it", "[write_ro
   CHECK(answer == 0);
   CHECK(other_answer == 0);
   CHECK(bench.counted(Count::reservations) == 1);
+}
+
+namespace {
+
+/// A client that hangs in its first request of a kind until the test lets it go.
+class Hanging {
+public:
+  Hanging(Bench& bench, Kind kind, std::uint64_t offset, bool fua)
+      : storage_(bench.storage.capabilities()), thread_([this, &bench, offset, fua] {
+          reached_may_begin_.wait();
+          bench.cache->write(storage_, offset, pattern(4096, 1), fua);
+        }) {
+    storage_.before = [this, kind](const MemoryStorage::Call& call) {
+      if (call.kind == kind) {
+        reached_.count_down();
+        open_.wait();
+      }
+    };
+    reached_may_begin_.count_down();
+    reached_.wait();
+  }
+  Hanging(const Hanging&) = delete;
+  Hanging& operator=(const Hanging&) = delete;
+  ~Hanging() { open_.count_down(); }
+
+private:
+  MemoryStorage storage_;
+  std::latch reached_may_begin_{1};
+  std::latch reached_{1};
+  std::latch open_{1};
+  WatchedThread thread_;
+};
+
+} // namespace
+
+TEST_CASE("who hangs while he asks for room keeps others waiting once, not with each write",
+          "[write_room]") {
+  Bench bench(MemoryStorage::everything(disk_size), window, WriteCache::Settings().retry,
+              std::chrono::seconds(1));
+  const Hanging hanging(bench, Kind::zero, 2 * window, false);
+  WatchedThread other([&] {
+    for (std::uint64_t begin = 0; begin < 2 * window; begin += unit)
+      bench.write(begin, pattern(100, 2));
+  });
+  CHECK(other.ends()); // after a second, and not after one for each of 32 units
+}
+
+TEST_CASE("who hangs while he writes keeps nobody from room beside it", "[write_room]") {
+  Bench bench;
+  const Hanging hanging(bench, Kind::write, 2 * window + 2 * unit, true);
+  WatchedThread other([&] {
+    bench.write(2 * window + 9 * unit, pattern(100, 2));
+    bench.write(2 * window + 10 * unit, pattern(4096, 3), true);
+  });
+  CHECK(other.ends());
+  CHECK(bench.counted(Count::reservations) > 0);
+}
+
+TEST_CASE("what clients zeroed says nothing of what storage does", "[write_room]") {
+  Bench bench;
+  bench.cache->zero(bench.storage, {2 * unit, 3 * unit}, {}); // allocated, and a hole to look at
+  CHECK(bench.write(4 * unit, pattern(100, 1)) == 0);
+  CHECK(bench.counted(Count::reservations) == 1);
+  CHECK(bench.allocated() == window);
 }
 
 TEST_CASE("what was reserved on a disk says nothing of the one that takes its place",
