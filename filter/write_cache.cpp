@@ -1385,20 +1385,15 @@ void WriteCache::zero(Storage& storage, const ByteRange& range,
   if (!blocks.empty()) {
     wait_turn(place, range);
     const RangeLock::Owned owned = ranges_.own(blocks);
-    const auto failed = [&] {
-      if (options.may_trim)
-        lose_room(Lock(mutex_), blocks); // some of it may have been done
-      failed_on_storage(blocks);
-    };
     try {
       storage.zero(blocks, options);
     } catch (const std::system_error& refusal) {
       // Where a fast zero is not supported nothing was done, and there is nothing to forget.
       if (!options.fast || refusal.code() != std::errc::not_supported)
-        failed();
+        failed_on_storage(blocks);
       throw;
     } catch (...) {
-      failed();
+      failed_on_storage(blocks);
       throw;
     }
     {
@@ -1446,7 +1441,6 @@ void WriteCache::trim(Storage& storage, const ByteRange& range, bool fua) {
   try {
     storage.trim(blocks, fua);
   } catch (...) {
-    lose_room(Lock(mutex_), blocks); // some of it may have been done
     failed_on_storage(blocks);
     throw;
   }
