@@ -357,6 +357,8 @@ private:
 
   void zero(const ByteRange& range) {
     const Capabilities& capabilities = storage_.capabilities();
+    if (!capabilities.can_zero)
+      return;
     moved_ += range.size();
     Storage::ZeroOptions options;
     const std::uint64_t chosen = input_.number(1);

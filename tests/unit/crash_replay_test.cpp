@@ -3,7 +3,7 @@
 #include "catch.hpp"
 #include "connection.hpp"
 #include "image_bytes.hpp"
-#include "recording_storage.hpp"
+#include "memory_storage.hpp"
 #include "sanitized.hpp"
 
 #include <algorithm>
@@ -123,6 +123,41 @@ private:
   const std::uint64_t end_;
 };
 
+/// Makes storage write down in a journal, which outlives it, what it is asked to change.
+void record_in(Journal& journal, MemoryStorage& storage) {
+  const auto change_of = [native = storage.capabilities().fua == Fua::native](
+                             const MemoryStorage::Call& call) -> std::optional<Change> {
+    const std::vector<std::byte> data(call.data.begin(), call.data.end());
+    switch (call.kind) {
+    case MemoryStorage::Kind::write:
+      return Change{Kind::write, call.range, data, call.fua && native};
+    case MemoryStorage::Kind::zero:
+      return Change{Kind::zero, call.range, {}, call.fua && native};
+    case MemoryStorage::Kind::trim:
+      return Change{Kind::trim, call.range, {}, call.fua && native};
+    case MemoryStorage::Kind::flush:
+      return Change{};
+    default:
+      return std::nullopt;
+    }
+  };
+  // Of the call that this thread is in.
+  static thread_local std::optional<std::size_t> number;
+  storage.before = [&journal, change_of](const MemoryStorage::Call& call) {
+    number.reset();
+    if (const std::optional<Change> change = change_of(call)) {
+      number = journal.begin(Side::storage, *change);
+      std::this_thread::yield(); // requests take time, and others begin and end meanwhile
+    }
+  };
+  storage.after = [&journal](const MemoryStorage::Call& /*call*/) {
+    if (number) {
+      std::this_thread::yield();
+      journal.end(Side::storage, *number);
+    }
+  };
+}
+
 /// A client that sends what a qcow2 writer does, and worse. It never changes another's bytes, but
 /// they lie side by side.
 class Client {
@@ -145,7 +180,9 @@ public:
 private:
   void connect() {
     connection_ = std::make_unique<Connection>(exports_, "");
-    connection_->begin(std::make_unique<RecordingStorage>(capabilities_, disk_, journal_));
+    auto storage = std::make_unique<MemoryStorage>(capabilities_, disk_);
+    record_in(journal_, *storage);
+    connection_->begin(std::move(storage));
   }
 
   void leave() {

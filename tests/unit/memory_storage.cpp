@@ -1,10 +1,10 @@
 #include "memory_storage.hpp"
 
+#include "all_zeros.hpp"
 #include "copy_bytes.hpp"
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
 #include <iterator>
 #include <system_error>
 
@@ -61,27 +61,32 @@ qcowcache::ByteRanges MemoryDisk::allocated() const {
   return allocated_;
 }
 
-void MemoryDisk::flush() {
+void MemoryDisk::harden(const ByteRange& range) {
   const std::lock_guard lock(mutex_);
-  durable_ = now_;
+  qcowcache::copy_bytes(std::span(now_).subspan(range.begin, range.size()),
+                        at(durable_, range.begin));
+}
+
+void MemoryDisk::resize(std::uint64_t size) {
+  const std::lock_guard lock(mutex_);
+  now_.resize(size);
+  durable_.resize(size);
+  size_ = size;
 }
 
 bool MemoryDisk::all_zeros(const ByteRange& range) const {
   const std::lock_guard lock(mutex_);
-  // As fast as memcmp is: under sanitizers a loop over single bytes takes most of a test's time.
-  const std::span<const std::byte> bytes = std::span(now_).subspan(range.begin, range.size());
-  return bytes.empty() || (bytes.front() == std::byte{0} &&
-                           std::memcmp(bytes.data(), bytes.data() + 1, bytes.size() - 1) == 0);
+  return qcowcache::all_zeros(std::span(now_).subspan(range.begin, range.size()));
 }
 
-std::vector<std::byte> MemoryDisk::now() const {
+std::vector<std::byte> MemoryDisk::now(const ByteRange& range) const {
   const std::lock_guard lock(mutex_);
-  return now_;
+  return {at(now_, range.begin), at(now_, range.end)};
 }
 
-std::vector<std::byte> MemoryDisk::durable() const {
+std::vector<std::byte> MemoryDisk::durable(const ByteRange& range) const {
   const std::lock_guard lock(mutex_);
-  return durable_;
+  return {at(durable_, range.begin), at(durable_, range.end)};
 }
 
 Capabilities MemoryStorage::everything(std::uint64_t size) {
@@ -121,106 +126,122 @@ std::vector<std::string> MemoryStorage::violations() const {
   return violations_;
 }
 
-void MemoryStorage::begin(const Call& call, bool allowed) {
-  {
-    const std::lock_guard lock(mutex_);
-    const ByteRange& range = call.range;
-    const auto violate = [&](const char* rule) {
-      violations_.push_back(std::string(rule) + ": " + std::to_string(range.begin) + " to " +
-                            std::to_string(range.end));
-    };
-    const bool ragged_end =
-        range.end % capabilities_.minimum != 0 && range.end != capabilities_.size;
-    if (!allowed)
-      violate("not supported");
-    if (call.kind != Kind::flush && range.empty())
-      violate("empty");
-    if (range.end > capabilities_.size)
-      violate("past the end");
-    if (range.begin % capabilities_.minimum != 0 || ragged_end)
-      violate("ragged");
-    if (range.size() > capabilities_.maximum)
-      violate("too large");
-    if (call.fua && capabilities_.fua == Fua::none)
-      violate("FUA not supported");
-    calls_.push_back(call);
-  }
-  if (before)
-    before(call);
+void MemoryStorage::note(const Call& call, bool allowed) {
+  const std::lock_guard lock(mutex_);
+  const ByteRange& range = call.range;
+  const auto violate = [&](const char* rule) {
+    violations_.push_back(std::string(rule) + ": " + std::to_string(range.begin) + " to " +
+                          std::to_string(range.end));
+  };
+  const bool ragged_end = range.end % capabilities_.minimum != 0 && range.end != capabilities_.size;
+  if (!allowed)
+    violate("not supported");
+  if (call.kind != Kind::flush && range.empty())
+    violate("empty");
+  if (range.end > capabilities_.size)
+    violate("past the end");
+  if (range.begin % capabilities_.minimum != 0 || ragged_end)
+    violate("ragged");
+  if (range.size() > capabilities_.maximum)
+    violate("too large");
+  if (call.fua && capabilities_.fua == Fua::none)
+    violate("FUA not supported");
+  if (call.fast && !capabilities_.can_fast_zero)
+    violate("fast zero not supported");
+  calls_.push_back(call);
+  calls_.back().data = {};
 }
 
-void MemoryStorage::end(const Call& call) const {
+template <typename Work>
+void MemoryStorage::carry_out(const Call& call, bool allowed, Work work) {
+  note(call, allowed);
+  if (before)
+    before(call);
+  const Verdict verdict = judge ? judge(call) : Verdict();
+  ByteRange part = call.range;
+  if (verdict.done == Verdict::Part::half)
+    part.end = part.begin + qcowcache::align_down(part.size() / 2, capabilities_.minimum);
+  if (verdict.done == Verdict::Part::all || (verdict.done == Verdict::Part::half && !part.empty()))
+    work(part);
+  if (verdict.error != 0)
+    throw std::system_error(verdict.error, std::generic_category(), "refused");
   if (after)
     after(call);
+  // As nbdkit does it.
+  if (call.fua && capabilities_.fua == Fua::emulate)
+    do_flush();
+}
+
+/// Whether what a request changes is there to stay: always where there is nothing volatile.
+bool MemoryStorage::hardens(bool fua) const noexcept {
+  return !capabilities_.can_flush || (fua && capabilities_.fua == Fua::native);
 }
 
 void MemoryStorage::do_read(std::uint64_t offset, std::span<std::byte> data) {
-  const Call call{Kind::read, {offset, offset + data.size()}, false};
-  begin(call, true);
-  disk_->read(offset, data);
-  end(call);
+  carry_out({Kind::read, {offset, offset + data.size()}}, true,
+            [&](const ByteRange& part) { disk_->read(offset, data.first(part.size())); });
 }
 
 void MemoryStorage::do_write(std::uint64_t offset, std::span<const std::byte> data, bool fua) {
-  const Call call{Kind::write, {offset, offset + data.size()}, fua};
-  begin(call, capabilities_.can_write);
-  disk_->allocate(call.range);
-  disk_->write(offset, data, fua);
-  end(call);
+  Call call{Kind::write, {offset, offset + data.size()}, fua};
+  call.data = data;
+  carry_out(call, capabilities_.can_write, [&](const ByteRange& part) {
+    disk_->allocate(part);
+    disk_->write(offset, data.first(part.size()), hardens(fua));
+  });
 }
 
 void MemoryStorage::do_flush() {
-  const Call call{Kind::flush, {}, false};
-  begin(call, capabilities_.can_flush);
-  disk_->flush();
-  end(call);
+  carry_out({Kind::flush, {}}, capabilities_.can_flush, [&](const ByteRange& /*part*/) {
+    disk_->harden({0, disk_->size()});
+  });
 }
 
 void MemoryStorage::do_zero(const ByteRange& range, const ZeroOptions& options) {
-  const Call call{Kind::zero, range, options.fua, options.may_trim};
-  begin(call, capabilities_.can_write && (!options.fast || capabilities_.can_fast_zero));
-  if (options.may_trim)
-    disk_->deallocate(range);
-  else
-    disk_->allocate(range);
-  disk_->zero(range, options.fua);
-  end(call);
+  carry_out({Kind::zero, range, options.fua, options.may_trim, options.fast},
+            capabilities_.can_write && capabilities_.can_zero, [&](const ByteRange& part) {
+              if (options.may_trim)
+                disk_->deallocate(part);
+              else
+                disk_->allocate(part);
+              disk_->zero(part, hardens(options.fua));
+            });
 }
 
 void MemoryStorage::do_trim(const ByteRange& range, bool fua) {
-  const Call call{Kind::trim, range, fua};
-  begin(call, capabilities_.can_trim);
-  disk_->deallocate(range);
-  disk_->zero(range, fua);
-  end(call);
+  carry_out({Kind::trim, range, fua}, capabilities_.can_write && capabilities_.can_trim,
+            [&](const ByteRange& part) {
+              disk_->deallocate(part);
+              if (trimmed)
+                disk_->write(part.begin, std::vector(part.size(), *trimmed), hardens(fua));
+              else if (hardens(fua))
+                disk_->harden(part);
+            });
 }
 
 void MemoryStorage::do_cache(const ByteRange& range) {
-  const Call call{Kind::cache, range, false};
-  begin(call, capabilities_.can_cache);
-  end(call);
+  carry_out({Kind::cache, range}, capabilities_.can_cache, [](const ByteRange& /*part*/) {});
 }
 
 qcowcache::Storage::Extents MemoryStorage::do_extents(const ByteRange& range, bool only_first) {
-  const Call call{Kind::extents, range, false};
-  begin(call, capabilities_.can_extents);
-  constexpr std::uint64_t block = 4096;
-  const qcowcache::ByteRanges data = zeros_are_data ? disk_->allocated() : qcowcache::ByteRanges();
   Extents found;
-  bool complete = false;
-  for (ByteRange rest = range; !rest.empty() && !complete;) {
-    const ByteRange part{rest.begin,
-                         std::min(rest.end, qcowcache::align_down(rest.begin, block) + block)};
-    const bool hole = disk_->all_zeros(part) && !data.overlaps(part);
-    const ExtentType type = hole ? ExtentType::hole_and_zero : ExtentType::data;
-    if (!found.empty() && found.back().type == type)
-      found.back().range.end = part.end;
-    else if (only_first && !found.empty())
-      complete = true;
-    else
-      found.push_back({part, type});
-    rest.begin = part.end;
-  }
-  end(call);
+  carry_out({Kind::extents, range}, capabilities_.can_extents, [&](const ByteRange& /*part*/) {
+    const qcowcache::ByteRanges data =
+        zeros_are_data ? disk_->allocated() : qcowcache::ByteRanges();
+    for (ByteRange rest = range; !rest.empty();) {
+      const ByteRange part{rest.begin, std::min(rest.end, (rest.begin / grain + 1) * grain)};
+      const bool zeros = disk_->all_zeros(part) && !data.overlaps(part);
+      const ExtentType type = type_of ? type_of(part, zeros)
+                              : zeros ? ExtentType::hole_and_zero
+                                      : ExtentType::data;
+      if (!found.empty() && found.back().type == type)
+        found.back().range.end = part.end;
+      else if ((only_first || tells_one) && !found.empty())
+        return;
+      else
+        found.push_back({part, type});
+      rest.begin = part.end;
+    }
+  });
   return found;
 }

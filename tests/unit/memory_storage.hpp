@@ -8,18 +8,28 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 /// A disk in memory that several `MemoryStorage`, one for each connection, may share. Thread safe.
 class MemoryDisk {
 public:
-  explicit MemoryDisk(std::uint64_t size) : now_(size), durable_(size) {}
+  explicit MemoryDisk(std::uint64_t size) : MemoryDisk(std::vector<std::byte>(size)) {}
+  /// `initial` is there to stay.
+  explicit MemoryDisk(std::vector<std::byte> initial)
+      : now_(std::move(initial)), durable_(now_), size_(now_.size()) {}
+
+  [[nodiscard]] std::uint64_t size() const noexcept { return size_; }
+  /// What is added reads as zeros.
+  void resize(std::uint64_t size);
 
   void read(std::uint64_t offset, std::span<std::byte> data) const;
   void write(std::uint64_t offset, std::span<const std::byte> data, bool durable);
   void zero(const qcowcache::ByteRange& range, bool durable);
-  void flush();
+  /// What is there now would be left after a power cut.
+  void harden(const qcowcache::ByteRange& range);
 
   /// Has blocks of 4096 bytes for the range. Throws ENOSPC, and has none of them then, where that
   /// makes more than `room`.
@@ -31,13 +41,16 @@ public:
   [[nodiscard]] bool all_zeros(const qcowcache::ByteRange& range) const;
 
   /// What a read would return now, and what would be left after a power cut.
-  [[nodiscard]] std::vector<std::byte> now() const;
-  [[nodiscard]] std::vector<std::byte> durable() const;
+  [[nodiscard]] std::vector<std::byte> now() const { return now({0, size()}); }
+  [[nodiscard]] std::vector<std::byte> now(const qcowcache::ByteRange& range) const;
+  [[nodiscard]] std::vector<std::byte> durable() const { return durable({0, size()}); }
+  [[nodiscard]] std::vector<std::byte> durable(const qcowcache::ByteRange& range) const;
 
 private:
   mutable std::mutex mutex_;
   std::vector<std::byte> now_;
   std::vector<std::byte> durable_;
+  std::atomic<std::uint64_t> size_;
   qcowcache::ByteRanges allocated_;
 };
 
@@ -45,12 +58,22 @@ private:
 /// requests that break the rules of its own capabilities.
 class MemoryStorage final : public qcowcache::Storage {
 public:
-  enum class Kind { read, write, flush, zero, trim, cache, extents };
+  enum class Kind { read, write, flush, zero, trim, extents, cache };
   struct Call {
     Kind kind;
     qcowcache::ByteRange range;
-    bool fua;
+    bool fua = false;
     bool may_trim = false;
+    bool fast = false;
+    /// What a write would write; only for hooks.
+    std::span<const std::byte> data;
+  };
+  /// What becomes of a call.
+  struct Verdict {
+    /// errno, with which it fails; 0: it does not.
+    int error = 0;
+    /// How much of it is carried out, whether it fails or not: `half` is its first blocks.
+    enum class Part { none, half, all } done = Part::all;
   };
 
   /// Capabilities of a disk that can do everything, of `size` bytes.
@@ -63,10 +86,20 @@ public:
 
   /// Called before each request is carried out, with no lock held: may throw, or wait.
   std::function<void(const Call&)> before;
+  /// Called next, to decide what becomes of it.
+  std::function<Verdict(const Call&)> judge;
   /// Called once it was carried out: may throw, as storage does that fails late.
   std::function<void(const Call&)> after;
   /// What is allocated it calls data, also where that is zeros.
   bool zeros_are_data = false;
+  /// Extents begin and end on multiples of this, in bytes.
+  std::uint64_t grain = 4096;
+  /// What it calls the extents of one grain, by whether they are zeros; otherwise data and holes.
+  std::function<ExtentType(const qcowcache::ByteRange& part, bool zeros)> type_of;
+  /// It tells one extent at a time.
+  bool tells_one = false;
+  /// What a trim leaves; nothing: what was there.
+  std::optional<std::byte> trimmed = std::byte{0};
 
   [[nodiscard]] const qcowcache::Capabilities& capabilities() const noexcept override {
     return capabilities_;
@@ -88,8 +121,10 @@ protected:
   Extents do_extents(const qcowcache::ByteRange& range, bool only_first) override;
 
 private:
-  void begin(const Call& call, bool allowed);
-  void end(const Call& call) const;
+  template <typename Work>
+  void carry_out(const Call& call, bool allowed, Work work);
+  void note(const Call& call, bool allowed);
+  [[nodiscard]] bool hardens(bool fua) const noexcept;
 
   const qcowcache::Capabilities capabilities_;
   const std::shared_ptr<MemoryDisk> disk_;

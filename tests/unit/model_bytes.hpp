@@ -9,6 +9,9 @@
 #include <span>
 #include <vector>
 
+/// Whether both are the same bytes: at the speed of memcmp.
+[[nodiscard]] bool same(std::span<const std::byte> a, std::span<const std::byte> b) noexcept;
+
 /// What each byte of an export may be, as far as the clients were told. Mostly that is one value;
 /// after a request that failed it is what was there, or what was to be there, until somebody reads
 /// it. Not thread safe.

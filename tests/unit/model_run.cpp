@@ -4,8 +4,8 @@
 #include "export.hpp"
 #include "image_bytes.hpp"
 #include "memory_budget.hpp"
+#include "memory_storage.hpp"
 #include "model_bytes.hpp"
-#include "model_storage.hpp"
 #include "writeback.hpp"
 
 #include <algorithm>
@@ -21,6 +21,8 @@ using namespace qcowcache;
 namespace {
 
 using Bytes = std::vector<std::byte>;
+using Kind = MemoryStorage::Kind;
+using Verdict = MemoryStorage::Verdict;
 
 /// The bytes before which, without a common cache, all belong to the first connection.
 constexpr std::uint64_t header_end = 512;
@@ -49,7 +51,18 @@ std::string hexadecimal(std::byte byte) {
   return {digits[value / 16], digits[value % 16]};
 }
 
-class Run final : public ModelWatch {
+bool fails_call(Fails fails, Kind kind) {
+  switch (fails) {
+  case Fails::nothing:
+    return false;
+  case Fails::any:
+    return true;
+  default:
+    return static_cast<int>(fails) - static_cast<int>(Fails::read) == static_cast<int>(kind);
+  }
+}
+
+class Run {
 public:
   explicit Run(const ModelSequence& sequence)
       : sequence_(sequence), setup_(sequence.setup), budget_(setup_.memory),
@@ -62,13 +75,14 @@ public:
   }
   Run(const Run&) = delete;
   Run& operator=(const Run&) = delete;
-  ~Run() override = default;
+  ~Run() = default;
 
   std::optional<ModelFailure> result() {
     for (std::size_t i = 0; i < sequence_.steps.size() && broken_.empty(); ++i) {
       at_ = i;
       begin_step(sequence_.steps[i]);
       carry_out(sequence_.steps[i]);
+      check_shape();
       check_budget();
     }
     if (broken_.empty()) {
@@ -85,13 +99,13 @@ public:
 
 private:
   struct View {
-    std::shared_ptr<ModelDisk> disk;
+    std::shared_ptr<MemoryDisk> disk;
     ModelBytes model;
   };
   struct Client {
     std::unique_ptr<Connection> connection;
     /// Owned by the connection.
-    ModelStorage* storage = nullptr;
+    MemoryStorage* storage = nullptr;
     bool cached_before = false;
     bool has_changed = false;
     /// Which of the disks it sees.
@@ -119,7 +133,7 @@ private:
   View fresh_view() { return fresh_view(setup_.filled ? 251 : 0); }
   View fresh_view(std::uint64_t content) {
     const Bytes initial = bytes_of(content, {0, next_size_});
-    return {std::make_shared<ModelDisk>(initial), ModelBytes(initial)};
+    return {std::make_shared<MemoryDisk>(initial), ModelBytes(initial)};
   }
 
   [[nodiscard]] Capabilities capabilities(std::uint64_t size, bool read_only) const {
@@ -140,6 +154,33 @@ private:
                  : setup_.fua == ModelFua::emulate ? Fua::emulate
                                                    : Fua::native;
     return result;
+  }
+
+  std::unique_ptr<MemoryStorage> make_storage(std::uint64_t client, const View& view,
+                                              bool read_only) {
+    auto storage =
+        std::make_unique<MemoryStorage>(capabilities(view.disk->size(), read_only), view.disk);
+    storage->judge = [this, client](const MemoryStorage::Call& call) {
+      return judge(client, call);
+    };
+    storage->grain = setup_.grain;
+    storage->tells_one = setup_.shy;
+    storage->type_of = [this](const ByteRange& part, bool zeros) { return type_of(part, zeros); };
+    if (setup_.trims == Trims::keeps)
+      storage->trimmed = std::nullopt;
+    else if (setup_.trims == Trims::garbage)
+      storage->trimmed = std::byte{0xee};
+    return storage;
+  }
+
+  [[nodiscard]] Storage::ExtentType type_of(const ByteRange& part, bool zeros) const {
+    using Type = Storage::ExtentType;
+    const std::uint64_t number = part.begin / setup_.grain;
+    if (!zeros)
+      return number % 5 == 0 ? Type::hole : Type::data;
+    if (setup_.shy && number % 3 == 0)
+      return Type::data;
+    return number % 2 == 0 ? Type::hole_and_zero : Type::zero;
   }
 
   // ---- What a step finds
@@ -204,31 +245,31 @@ private:
 
   // ---- What reaches storage
 
-  Verdict judge(const ModelCall& call) override {
+  Verdict judge(std::uint64_t client, const MemoryStorage::Call& call) {
     ++calls_;
     if (calls_ > endless) {
       breaks("storage is called without end");
       throw std::runtime_error("endless");
     }
-    check_shape(call);
-    if (call.kind == Fails::write)
-      check_content(call);
-    if (call.kind == Fails::trim)
+    check_alignment(client, call);
+    if (call.kind == Kind::write)
+      check_content(client, call);
+    if (call.kind == Kind::trim)
       trimmed_.add(call.range);
     check_budget();
 
+    using Part = Verdict::Part;
     const auto refuse = [&](const ModelStep& step) {
       fired_.insert(static_cast<int>(step.error));
       refused_ever_ = true;
-      reads_refused_ = reads_refused_ || call.kind == Fails::read;
-      return Verdict{static_cast<int>(step.error), step.torn, false};
+      reads_refused_ = reads_refused_ || call.kind == Kind::read;
+      return Verdict{static_cast<int>(step.error), step.torn ? Part::half : Part::none};
     };
-    if (call.kind == Fails::write && ++writes_ == setup_.loses_write)
-      return {0, false, true};
+    if (call.kind == Kind::write && ++writes_ == setup_.loses_write)
+      return {0, Part::none};
     const auto concerns = [&](const ModelStep& step) {
       // Whoever cannot read cannot tell disks apart.
-      return (step.fails == Fails::any || step.fails == call.kind) &&
-             !(exchanged_ && call.kind == Fails::read);
+      return fails_call(step.fails, call.kind) && !(exchanged_ && call.kind == Kind::read);
     };
     if (step_->kind != StepKind::breaks && concerns(*step_) && ++matching_calls_ == step_->nth)
       return refuse(*step_);
@@ -239,58 +280,40 @@ private:
     return {};
   }
 
-  void check_shape(const ModelCall& call) {
-    const Client& client = clients_[call.connection];
-    const Capabilities& can = client.connection->capabilities();
-    const auto wrong = [&](const char* what) {
-      breaks(std::string("storage was called wrongly: ") + what + ": " + text_of(call.range));
-    };
-    const bool allowed = call.kind == Fails::write     ? can.can_write
-                         : call.kind == Fails::zero    ? can.can_write && can.can_zero
-                         : call.kind == Fails::trim    ? can.can_write && can.can_trim
-                         : call.kind == Fails::flush   ? can.can_flush
-                         : call.kind == Fails::extents ? can.can_extents
-                         : call.kind == Fails::cache   ? can.can_cache
-                                                       : true;
-    if (!allowed)
-      wrong("it cannot do that");
-    if (call.fua && can.fua == Fua::none)
-      wrong("it has no FUA");
-    if (call.fast && !can.can_fast_zero)
-      wrong("it has no fast zero");
-    if (call.kind == Fails::flush)
+  /// Where a connection caches, writes and fill-up reads are in whole blocks.
+  void check_alignment(std::uint64_t number, const MemoryStorage::Call& call) {
+    const Client& client = clients_[number];
+    const bool fill_up = call.kind == Kind::read && !reading_;
+    if (!client.cached_before || !caches(client) || (call.kind != Kind::write && !fill_up))
       return;
-    if (call.range.empty())
-      wrong("nothing");
-    if (call.range.end > can.size)
-      wrong("past the end");
-    if (call.range.size() > can.maximum)
-      wrong("larger than the maximum");
-    const auto fits = [&](std::uint64_t alignment) {
-      return call.range.begin % alignment == 0 &&
-             (call.range.end % alignment == 0 || call.range.end == can.size);
-    };
-    if (!fits(can.minimum))
-      wrong("not in whole blocks of the minimum size");
-    const bool fill_up = call.kind == Fails::read && !reading_;
-    const bool caching = client.cached_before && caches(client);
-    if (caching && (call.kind == Fails::write || fill_up) && !fits(can.write_alignment()))
-      wrong("not aligned");
+    const Capabilities& can = client.connection->capabilities();
+    const std::uint64_t alignment = can.write_alignment();
+    if (call.range.begin % alignment != 0 ||
+        (call.range.end % alignment != 0 && call.range.end != can.size))
+      breaks("storage was called wrongly: not aligned: " + text_of(call.range));
   }
 
   /// What a write brings that storage does not have is what some client wrote.
-  void check_content(const ModelCall& call) {
-    const View& view = view_of(call.connection);
-    const auto now = view.disk->now(call.range);
+  void check_content(std::uint64_t client, const MemoryStorage::Call& call) {
+    const View& view = view_of(client);
+    const Bytes now = view.disk->now(call.range);
     for (std::size_t i = 0; i < call.data.size(); ++i) {
       const std::uint64_t offset = call.range.begin + i;
-      const bool written = owns(call.connection, offset) && view.model.allows(offset, call.data[i]);
+      const bool written = owns(client, offset) && view.model.allows(offset, call.data[i]);
       if (call.data[i] != now[i] && !written) {
         breaks("invented: byte " + std::to_string(offset) + " is written as " +
                hexadecimal(call.data[i]) + ", storage has " + hexadecimal(now[i]) +
                ", clients wrote " + hexadecimal(view.model.at(offset)));
         return;
       }
+    }
+  }
+
+  /// Nothing was asked of storage that it has said it cannot do.
+  void check_shape() {
+    for (const Client& client : clients_) {
+      if (client.storage != nullptr && !client.storage->violations().empty())
+        breaks("storage was called wrongly: " + client.storage->violations().front());
     }
   }
 
@@ -335,22 +358,24 @@ private:
   }
 
   void check_read(std::uint64_t client, const ByteRange& range, std::span<const std::byte> data) {
-    const ModelDisk& disk = *view_of(client).disk;
+    const Bytes stored = view_of(client).disk->now(range);
     for_each_owned(client, range, [&](const ByteRange& part, bool own) {
       const auto found = data.subspan(part.begin - range.begin, part.size());
       if (own)
         compare(client, "read", part.begin, found);
-      else if (!std::ranges::equal(found, disk.now(part)))
+      else if (!same(found, std::span(stored).subspan(part.begin - range.begin, part.size())))
         breaks("read: " + text_of(part) + " is not what another connection has stored");
     });
   }
 
   /// What the client owns in `range` is on storage, to stay if `durable`.
   void check_stored(std::uint64_t client, const char* where, const ByteRange& range, bool durable) {
-    const ModelDisk& disk = *view_of(client).disk;
+    const MemoryDisk& disk = *view_of(client).disk;
+    const Bytes stored = durable ? disk.durable(range) : disk.now(range);
     for_each_owned(client, range, [&](const ByteRange& part, bool own) {
       if (own)
-        compare(client, where, part.begin, durable ? disk.durable(part) : disk.now(part));
+        compare(client, where, part.begin,
+                std::span(stored).subspan(part.begin - range.begin, part.size()));
     });
   }
 
@@ -445,8 +470,7 @@ private:
       return;
     }
     view.model.is(blocks.begin, view.disk->now(blocks));
-    const auto is_zero = [](std::byte byte) { return byte == std::byte{0}; };
-    if (setup_.trims == Trims::zeros && !std::ranges::all_of(view.disk->now(blocks), is_zero))
+    if (setup_.trims == Trims::zeros && !view.disk->all_zeros(blocks))
       breaks("trim: " + text_of(blocks) + " was not trimmed");
     if (step.fua)
       check_stored(step.connection, "trimmed by FUA", blocks, true);
@@ -527,8 +551,7 @@ private:
   void look(std::uint64_t number) {
     const View& view = views_[setup_.sharing == Sharing::nothing ? number : views_.size() - 1];
     Connection onlooker(exports_, "export");
-    onlooker.begin(std::make_unique<ModelStorage>(setup_, capabilities(view.disk->size(), false),
-                                                  view.disk, *this, number));
+    onlooker.begin(make_storage(number, view, false));
     onlooker.drain();
     onlooker.end();
     if (calls_ > 0)
@@ -576,8 +599,7 @@ private:
     View& view = view_of(step.connection);
     const std::uint64_t size = view.disk->size();
     client.connection = std::make_unique<Connection>(exports_, "export");
-    auto storage = std::make_unique<ModelStorage>(setup_, capabilities(size, step.read_only),
-                                                  view.disk, *this, step.connection);
+    std::unique_ptr<MemoryStorage> storage = make_storage(step.connection, view, step.read_only);
     client.storage = storage.get();
     try {
       client.connection->begin(std::move(storage));
@@ -615,6 +637,7 @@ private:
     lost_.clear();
     if (properly)
       client.connection->drain();
+    check_shape();
     client.connection->end();
     client.connection.reset();
     client.storage = nullptr;

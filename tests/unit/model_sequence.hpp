@@ -78,7 +78,7 @@ enum class StepKind {
   exchange,    ///< who connects from now on sees another disk; where `value`, a disk with content
 };
 
-/// Which of storage's calls fails.
+/// Which of storage's calls fails. From `read` on: as `MemoryStorage::Kind`.
 enum class Fails { nothing, any, read, write, flush, zero, trim, extents, cache };
 
 /// One thing that happens. Fields that a kind has no use for are ignored.
