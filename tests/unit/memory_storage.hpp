@@ -66,7 +66,7 @@ public:
     bool may_trim = false;
     bool fast = false;
     /// What a write would write; only for hooks.
-    std::span<const std::byte> data;
+    std::span<const std::byte> data = {};
   };
   /// What becomes of a call.
   struct Verdict {

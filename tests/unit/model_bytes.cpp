@@ -49,22 +49,19 @@ void ModelBytes::seen(std::uint64_t offset, std::span<const std::byte> data) {
     is(offset, data);
 }
 
-bool ModelBytes::allows(std::uint64_t offset, std::byte value) const noexcept {
-  return bytes_[offset] == value ||
+bool ModelBytes::allows(std::uint64_t offset, std::span<const std::byte> data) const noexcept {
+  return same(std::span(bytes_).subspan(offset, data.size()), data) ||
          std::ranges::any_of(alternatives_, [&](const Alternative& alternative) {
-           return alternative.open.contains({offset, offset + 1}) &&
-                  alternative.data[offset - alternative.offset] == value;
+           return alternative.open.contains({offset, offset + data.size()}) &&
+                  same(
+                      std::span(alternative.data).subspan(offset - alternative.offset, data.size()),
+                      data);
          });
 }
 
 std::optional<std::uint64_t> ModelBytes::first_wrong(std::uint64_t offset,
                                                      std::span<const std::byte> data) const {
-  const auto expected = std::span(bytes_).subspan(offset, data.size());
-  if (same(expected, data))
-    return std::nullopt;
-  for (std::size_t i = 0; i < data.size(); ++i) {
-    if (expected[i] != data[i] && !allows(offset + i, data[i]))
-      return offset + i;
-  }
-  return std::nullopt;
+  return first_without({offset, offset + data.size()}, [&](const ByteRange& part) {
+    return allows(part.begin, data.subspan(part.begin - offset, part.size()));
+  });
 }

@@ -32,9 +32,9 @@ std::uint64_t number_from(const char* variable, std::uint64_t usual) {
 std::string story_of(const ModelSequence& failing, Watchdog& watchdog) {
   const ModelSequence shortest = shrink(failing, [&](const ModelSequence& candidate) {
     watchdog.watch([&] { return "hangs:\n" + to_text(candidate); });
-    return run(candidate).has_value();
+    return run(candidate).failure.has_value();
   });
-  const std::optional<ModelFailure> failure = run(shortest);
+  const std::optional<ModelFailure> failure = run(shortest).failure;
   std::string story =
       "the shortest sequence that fails, for QCOWCACHE_MODEL_REPLAY:\n" + to_text(shortest);
   if (failure) {
@@ -55,7 +55,7 @@ TEST_CASE("random sequences of requests do what they do to an array of bytes", "
     std::ostringstream text;
     text << std::ifstream(file).rdbuf();
     const ModelSequence sequence = sequence_from_text(text.str());
-    if (const auto failure = run(sequence))
+    if (const auto failure = run(sequence).failure)
       FAIL(failure->what << "\n" << story_of(sequence, watchdog));
     return;
   }
@@ -64,7 +64,7 @@ TEST_CASE("random sequences of requests do what they do to an array of bytes", "
   for (std::uint64_t seed = first; seed - first < count; ++seed) {
     const ModelSequence sequence = random_sequence(seed);
     watchdog.watch([&] { return "QCOWCACHE_MODEL_SEED=" + std::to_string(seed) + " hangs"; });
-    if (const auto failure = run(sequence))
+    if (const auto failure = run(sequence).failure)
       FAIL("QCOWCACHE_MODEL_SEED=" << seed << ": " << failure->what << "\n"
                                    << story_of(sequence, watchdog));
   }
@@ -76,14 +76,15 @@ TEST_CASE("the model check sees that storage lost a write, and says how to see i
   for (std::uint64_t seed = 1; seed <= 20; ++seed) {
     ModelSequence sequence = random_sequence(seed);
     sequence.setup.loses_write = 2;
-    if (run(sequence)) {
+    if (run(sequence).failure) {
       ++caught;
-      const ModelSequence shortest = shrink(
-          sequence, [](const ModelSequence& candidate) { return run(candidate).has_value(); });
+      const ModelSequence shortest = shrink(sequence, [](const ModelSequence& candidate) {
+        return run(candidate).failure.has_value();
+      });
       longest = std::max(longest, shortest.steps.size());
-      const auto failure = run(sequence_from_text(to_text(shortest)));
+      const auto failure = run(sequence_from_text(to_text(shortest))).failure;
       REQUIRE(failure);
-      CHECK(failure->what == run(shortest)->what);
+      CHECK(failure->what == run(shortest).failure->what);
     }
   }
   CHECK(caught >= 10);

@@ -13,20 +13,19 @@ constexpr std::uint64_t header_size = 112;
 
 class Generator {
 public:
-  explicit Generator(std::uint64_t seed) : random_(seed) {}
+  explicit Generator(ModelChoices choices) : choices_(std::move(choices)) {}
 
   ModelSequence make() {
     make_setup();
     connect_all();
     const std::uint64_t steps = 15 + below(90);
-    for (std::uint64_t i = 0; i < steps; ++i)
+    for (std::uint64_t i = 0; i < steps && !choices_.ended(); ++i)
       add(make_step());
     return sequence_;
   }
 
 private:
-  // The distributions of the standard library differ from one implementation to the next.
-  std::uint64_t below(std::uint64_t limit) { return random_() % limit; }
+  std::uint64_t below(std::uint64_t limit) { return choices_.below(limit); }
   bool chance(std::uint64_t of_hundred) { return below(100) < of_hundred; }
   template <typename Value>
   Value one_of(std::initializer_list<Value> values) {
@@ -37,12 +36,15 @@ private:
     ModelSetup& setup = sequence_.setup;
     setup.sharing = one_of({Sharing::cache, Sharing::cache, Sharing::disk, Sharing::nothing});
     setup.connections = 1 + below(4);
-    setup.stripe = one_of<std::uint64_t>({1, 37, 512, 700, 4096, 20000, 100000});
+    setup.stripe = std::max(choices_.least_stripe,
+                            one_of<std::uint64_t>({1, 37, 512, 700, 4096, 20000, 100000}));
     setup.background = chance(30);
     setup.memory = some_memory();
     setup.cluster = one_of<std::uint64_t>({0, 0, 0, 512, unit, unit});
     setup.max_write = one_of<std::uint64_t>({unit, 2 * unit, 16 * unit});
     setup.expire = chance(15);
+    setup.hurried = chance(50);
+    setup.retries = chance(30);
     setup.minimum = chance(70) ? 1 : one_of<std::uint64_t>({512, 4096, unit});
     setup.preferred = std::max(setup.minimum, one_of<std::uint64_t>({512, 4096, 2 * unit}));
     if (chance(30))
@@ -56,6 +58,8 @@ private:
     setup.can_zero = chance(85);
     setup.can_fast_zero = setup.can_zero && chance(70);
     setup.can_extents = chance(75);
+    if (setup.can_extents && !setup.retries)
+      setup.reserve = one_of<std::uint64_t>({4 * unit, 4 * unit, 2 * unit, 1024 * unit, 0});
     setup.can_cache = chance(70);
     setup.fua = one_of({ModelFua::none, ModelFua::native, ModelFua::native});
     if (setup.can_flush && chance(30))
@@ -66,6 +70,8 @@ private:
     setup.filled = chance(50);
     failing_ = chance(60);
     exchanging_ = sequence_.setup.sharing == Sharing::cache && chance(30);
+    if (!exchanging_ && chance(30))
+      setup.header = one_of<std::uint64_t>({16, 12, 21});
   }
 
   /// Without background writers that run, waiting for memory would take real time.
@@ -178,7 +184,7 @@ private:
                          Fails::write, Fails::flush, Fails::zero, Fails::trim, Fails::extents});
     step.nth = 1 + (chance(60) ? 0 : below(5));
     step.error = some_error();
-    step.torn = chance(50);
+    step.done = chance(50) ? Done::half : chance(20) ? Done::all : Done::none;
     return step;
   }
 
@@ -280,14 +286,16 @@ private:
       step.fails = one_of({Fails::any, Fails::write, Fails::write, Fails::read, Fails::flush,
                            Fails::zero, Fails::trim});
       step.error = some_error();
-      step.torn = chance(30);
+      step.nth = 1 + (chance(60) ? 0 : below(8));
+      step.once = chance(30);
+      step.done = chance(30) ? Done::half : chance(20) ? Done::all : Done::none;
       return step;
     default:
       return with_fault(step);
     }
   }
 
-  std::mt19937_64 random_;
+  ModelChoices choices_;
   ModelSequence sequence_;
   std::uint64_t position_ = 512;
   std::uint64_t size_ = 0;
@@ -297,6 +305,12 @@ private:
 
 } // namespace
 
+ModelSequence random_sequence(ModelChoices choices) {
+  return Generator(std::move(choices)).make();
+}
+
 ModelSequence random_sequence(std::uint64_t seed) {
-  return Generator(seed).make();
+  std::mt19937_64 random(seed);
+  // The distributions of the standard library differ from one implementation to the next.
+  return random_sequence({[&random](std::uint64_t limit) { return random() % limit; }});
 }

@@ -26,6 +26,7 @@ using Verdict = MemoryStorage::Verdict;
 
 /// The bytes before which, without a common cache, all belong to the first connection.
 constexpr std::uint64_t header_end = 512;
+constexpr std::uint64_t least_unit = WriteCache::least_unit_size;
 /// Memory in bytes that is enough for anything.
 constexpr std::size_t plenty = std::size_t{64} * 1024 * 1024;
 /// No step needs so many calls of storage.
@@ -33,10 +34,21 @@ constexpr std::uint64_t endless = 20000;
 
 /// What `value` writes at `offset`: other values at neighbouring offsets, and zeros for 0.
 Bytes bytes_of(std::uint64_t value, const ByteRange& range) {
-  Bytes bytes(range.size());
-  if (value != 0) {
-    for (std::uint64_t i = 0; i < bytes.size(); ++i)
-      bytes[i] = static_cast<std::byte>(1 + (value * 37 + range.begin + i) % 255);
+  if (value == 0)
+    return Bytes(range.size());
+  // Copied in pieces: loops over single bytes are slow under sanitizers.
+  static const Bytes wheel = [] {
+    Bytes all(std::size_t{255} * 256);
+    for (std::size_t i = 0; i < all.size(); ++i)
+      all[i] = static_cast<std::byte>(1 + i % 255);
+    return all;
+  }();
+  const std::span<const std::byte> wheel_from =
+      std::span(wheel).subspan((value * 37 + range.begin) % 255, wheel.size() - 255);
+  Bytes bytes;
+  while (bytes.size() < range.size()) {
+    const auto piece = wheel_from.first(std::min(wheel_from.size(), range.size() - bytes.size()));
+    bytes.insert(bytes.end(), piece.begin(), piece.end());
   }
   return bytes;
 }
@@ -77,7 +89,7 @@ public:
   Run& operator=(const Run&) = delete;
   ~Run() = default;
 
-  std::optional<ModelFailure> result() {
+  ModelResult result() {
     for (std::size_t i = 0; i < sequence_.steps.size() && broken_.empty(); ++i) {
       at_ = i;
       begin_step(sequence_.steps[i]);
@@ -92,9 +104,9 @@ public:
       standing_ = {};
       finish();
     }
-    if (broken_.empty())
-      return std::nullopt;
-    return ModelFailure{at_, broken_};
+    if (!broken_.empty())
+      result_.failure = ModelFailure{at_, broken_};
+    return result_;
   }
 
 private:
@@ -119,20 +131,25 @@ private:
     settings.max_write = setup_.max_write;
     if (setup_.expire)
       settings.expire = std::chrono::milliseconds(0);
-    if (setup_.can_trim) // in about half of all runs
+    if (setup_.hurried)
       settings.max_delay = std::chrono::milliseconds(1);
-    if (setup_.can_extents)
-      settings.reserve = 4 * WriteCache::least_unit_size;
+    settings.retry = setup_.retries ? std::chrono::milliseconds(0) : std::chrono::hours(1);
+    settings.reserve = setup_.reserve;
     settings.writeback = setup_.background ? &writeback_ : nullptr;
     settings.report_loss = [this](const std::string& /*name*/, const Unsaved& lost) {
       lost_.add(lost.ranges);
+      result_.lost += lost.bytes;
     };
     return settings;
   }
 
   View fresh_view() { return fresh_view(setup_.filled ? 251 : 0); }
   View fresh_view(std::uint64_t content) {
-    const Bytes initial = bytes_of(content, {0, next_size_});
+    Bytes initial = bytes_of(content, {0, next_size_});
+    if (setup_.header != 0) {
+      const Bytes header = qcow2_header(static_cast<unsigned>(setup_.header));
+      std::copy_n(header.begin(), std::min(header.size(), initial.size()), initial.begin());
+    }
     return {std::make_shared<MemoryDisk>(initial), ModelBytes(initial)};
   }
 
@@ -190,6 +207,7 @@ private:
     matching_calls_ = 0;
     calls_ = 0;
     fired_.clear();
+    changed_by_refused_ = false;
     trimmed_.clear();
     for (Client& client : clients_)
       client.cached_before = caches(client);
@@ -258,24 +276,28 @@ private:
       trimmed_.add(call.range);
     check_budget();
 
-    using Part = Verdict::Part;
     const auto refuse = [&](const ModelStep& step) {
       fired_.insert(static_cast<int>(step.error));
-      refused_ever_ = true;
+      ++result_.refused;
+      changed_by_refused_ =
+          changed_by_refused_ || step.done != Done::none || call.kind == Kind::flush;
       reads_refused_ = reads_refused_ || call.kind == Kind::read;
-      return Verdict{static_cast<int>(step.error), step.torn ? Part::half : Part::none};
+      return Verdict{static_cast<int>(step.error), static_cast<Verdict::Part>(step.done)};
     };
     if (call.kind == Kind::write && ++writes_ == setup_.loses_write)
-      return {0, Part::none};
+      return {0, Verdict::Part::none};
     const auto concerns = [&](const ModelStep& step) {
       // Whoever cannot read cannot tell disks apart.
       return fails_call(step.fails, call.kind) && !(exchanged_ && call.kind == Kind::read);
     };
     if (step_->kind != StepKind::breaks && concerns(*step_) && ++matching_calls_ == step_->nth)
       return refuse(*step_);
-    for (const ModelStep& fault : standing_) {
-      if (concerns(fault))
-        return refuse(fault);
+    for (Standing& fault : standing_) {
+      if (!concerns(fault.step))
+        continue;
+      ++fault.calls;
+      if (fault.step.once ? fault.calls == fault.step.nth : fault.calls >= fault.step.nth)
+        return refuse(fault.step);
     }
     return {};
   }
@@ -297,16 +319,21 @@ private:
   void check_content(std::uint64_t client, const MemoryStorage::Call& call) {
     const View& view = view_of(client);
     const Bytes now = view.disk->now(call.range);
-    for (std::size_t i = 0; i < call.data.size(); ++i) {
-      const std::uint64_t offset = call.range.begin + i;
-      const bool written = owns(client, offset) && view.model.allows(offset, call.data[i]);
-      if (call.data[i] != now[i] && !written) {
-        breaks("invented: byte " + std::to_string(offset) + " is written as " +
+    const auto in = [&](std::span<const std::byte> data, const ByteRange& part) {
+      return data.subspan(part.begin - call.range.begin, part.size());
+    };
+    for_each_owned(client, call.range, [&](const ByteRange& part, bool own) {
+      const auto invented = first_without(part, [&](const ByteRange& piece) {
+        return same(in(call.data, piece), in(now, piece)) ||
+               (own && view.model.allows(piece.begin, in(call.data, piece)));
+      });
+      if (invented) {
+        const std::uint64_t i = *invented - call.range.begin;
+        breaks("invented: byte " + std::to_string(*invented) + " is written as " +
                hexadecimal(call.data[i]) + ", storage has " + hexadecimal(now[i]) +
-               ", clients wrote " + hexadecimal(view.model.at(offset)));
-        return;
+               ", clients wrote " + hexadecimal(view.model.at(*invented)));
       }
-    }
+    });
   }
 
   /// Nothing was asked of storage that it has said it cannot do.
@@ -336,7 +363,9 @@ private:
       return 0;
     } catch (const std::system_error& error) {
       const int code = error.code().value();
-      if (!fired_.contains(code) && code != excused)
+      if (fired_.contains(code))
+        ++result_.failed;
+      else if (code != excused)
         breaks(std::string("failed for no reason: ") + error.what());
       return code != 0 ? code : EIO;
     } catch (const std::exception& error) {
@@ -394,6 +423,13 @@ private:
     return qcow2::parse_header(bytes).has_value();
   }
 
+  /// Whether a request that failed has changed nothing: it is a single one for storage, and what
+  /// was refused was not carried out.
+  [[nodiscard]] bool is_untouched(std::uint64_t client, const ByteRange& range) const {
+    return !changed_by_refused_ &&
+           clients_[client].storage->pieces(align_outward(range, setup_.minimum)) == 1;
+  }
+
   void write(std::uint64_t client, std::uint64_t offset, const Bytes& data, bool fua) {
     View& view = view_of(client);
     const ByteRange range{offset, offset + data.size()};
@@ -404,8 +440,12 @@ private:
     const int error = request(client, [&](WriteCache& cache, Storage& storage) {
       cache.write(storage, offset, data, fua);
     });
-    if (error != 0)
+    if (error != 0) {
+      const bool one_unit = offset / least_unit == (range.end - 1) / least_unit;
+      if ((fua || one_unit) && is_untouched(client, range))
+        view.model.withdraw();
       return;
+    }
     view.model.is(offset, data);
     if (fua)
       check_stored(client, "stored by FUA", range, true);
@@ -414,7 +454,7 @@ private:
       check_stored(client, "passed through", range, false);
     // A guest's writes pass through as long as nobody knows better.
     const bool guest = clients_[client].storage->is_guest();
-    if (has_header(client) == true && !refused_ever_ && most_used_ >= plenty && !guest &&
+    if (has_header(client) == true && result_.refused == 0 && most_used_ >= plenty && !guest &&
         !caching())
       breaks("there is a header, and nothing is cached");
   }
@@ -440,7 +480,6 @@ private:
     const Storage::ZeroOptions options{step.may_trim, step.fua, step.fast && setup_.can_fast_zero};
     const bool slow = align_inward(range, setup_.minimum) != range ||
                       clients_[step.connection].storage->pieces(range) != 1;
-    const ModelBytes before = view.model;
     view.model.may_be(range.begin, zeros);
     const int error = request(
         step.connection,
@@ -449,11 +488,13 @@ private:
     if (options.fast && slow && fired_.empty()) {
       if (error == 0)
         breaks("a fast zero that cannot be one did not fail");
-      view.model = before;
+      view.model.withdraw();
     } else if (error == 0) {
       view.model.is(range.begin, zeros);
       if (step.fua)
         check_stored(step.connection, "zeroed by FUA", range, true);
+    } else if (!slow && is_untouched(step.connection, range)) {
+      view.model.withdraw();
     }
   }
 
@@ -524,7 +565,8 @@ private:
         client, [](WriteCache& cache, Storage& storage) { cache.flush(storage); }, excused);
     if (error != 0)
       return;
-    if (clients_[client].connection->image()->cache().unsaved().bytes > 0)
+    const WriteCache& cache = clients_[client].connection->image()->cache();
+    if (!cache.clean() || cache.unsaved().bytes > 0)
       breaks("flush: some bytes are still in memory only");
     check_stored(client, "flushed", {0, view_of(client).disk->size()}, true);
   }
@@ -567,7 +609,7 @@ private:
     if (setup_.sharing != Sharing::cache || !recognisable)
       return;
     exchanged_ = true;
-    views_.push_back(fresh_view(content == 0 && !refused_ever_ ? 0 : 100 + views_.size()));
+    views_.push_back(fresh_view(content == 0 && result_.refused == 0 ? 0 : 100 + views_.size()));
   }
 
   void resize(std::uint64_t size) {
@@ -669,7 +711,7 @@ private:
       resize(step.length);
       return;
     case StepKind::breaks:
-      standing_.push_back(step);
+      standing_.push_back({step});
       return;
     case StepKind::heals:
       standing_.clear();
@@ -804,6 +846,12 @@ private:
       breaks("memory is still in use at the end");
   }
 
+  /// A fault of storage until it is repaired, and how many calls it has concerned.
+  struct Standing {
+    ModelStep step;
+    std::uint64_t calls = 0;
+  };
+
   const ModelSequence& sequence_;
   const ModelSetup& setup_;
   // In this order, for each is used by those behind it.
@@ -816,10 +864,10 @@ private:
   std::size_t most_used_;
   std::uint64_t next_size_;
   std::set<std::uint64_t> sizes_seen_;
-  std::vector<ModelStep> standing_;
+  std::vector<Standing> standing_;
+  ModelResult result_;
   ByteRanges lost_;
   std::uint64_t writes_ = 0;
-  bool refused_ever_ = false;
   bool reads_refused_ = false;
   bool vanished_ = false;
   bool exchanged_ = false;
@@ -832,6 +880,8 @@ private:
   /// A client's read is under way: what is read fills up no block.
   bool reading_ = false;
   std::set<int> fired_;
+  /// A call that was refused may have been carried out in part.
+  bool changed_by_refused_ = false;
   ByteRanges trimmed_;
   Image::Request needed_;
   std::string broken_;
@@ -839,6 +889,6 @@ private:
 
 } // namespace
 
-std::optional<ModelFailure> run(const ModelSequence& sequence) {
+ModelResult run(const ModelSequence& sequence) {
   return Run(sequence).result();
 }

@@ -20,6 +20,7 @@ constexpr std::array kind_names{
     "connect"sv, "disconnect"sv, "vanish"sv, "write"sv, "header"sv, "read"sv,        "zero"sv,
     "trim"sv,    "extents"sv,    "cache"sv,  "flush"sv, "tick"sv,   "cluster_end"sv, "turn"sv,
     "budget"sv,  "size"sv,       "breaks"sv, "heals"sv, "look"sv,   "exchange"sv};
+constexpr std::array done_names{"none"sv, "half"sv, "all"sv};
 constexpr std::array fails_names{"nothing"sv, "any"sv,  "read"sv,    "write"sv, "flush"sv,
                                  "zero"sv,    "trim"sv, "extents"sv, "cache"sv};
 
@@ -31,6 +32,9 @@ constexpr const auto& names_of(ModelFua /*value*/) {
 }
 constexpr const auto& names_of(Trims /*value*/) {
   return trims_names;
+}
+constexpr const auto& names_of(Done /*value*/) {
+  return done_names;
 }
 constexpr const auto& names_of(StepKind /*value*/) {
   return kind_names;
@@ -73,7 +77,10 @@ void for_each_setup_field(Setup& setup, Visit visit) {
   visit("memory", setup.memory);
   visit("cluster", setup.cluster);
   visit("max_write", setup.max_write);
+  visit("reserve", setup.reserve);
   visit("expire", setup.expire);
+  visit("hurried", setup.hurried);
+  visit("retries", setup.retries);
   visit("background", setup.background);
   visit("size", setup.size);
   visit("minimum", setup.minimum);
@@ -90,6 +97,7 @@ void for_each_setup_field(Setup& setup, Visit visit) {
   visit("shy", setup.shy);
   visit("trims", setup.trims);
   visit("filled", setup.filled);
+  visit("header", setup.header);
   visit("loses_write", setup.loses_write);
 }
 
@@ -107,7 +115,8 @@ void for_each_step_field(Step& step, Visit visit) {
   visit("fails", step.fails);
   visit("nth", step.nth);
   visit("error", step.error);
-  visit("torn", step.torn);
+  visit("done", step.done);
+  visit("once", step.once);
 }
 
 /// `text`, and the fields of the object that differ from those of a fresh one.

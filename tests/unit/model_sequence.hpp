@@ -28,8 +28,14 @@ struct ModelSetup {
   /// The parameters of these names; `cluster` 0: from the header.
   std::uint64_t cluster = 0;
   std::uint64_t max_write = 1048576;
+  std::uint64_t reserve = 0;
   /// Every unit counts as left behind at once; otherwise none does by time.
   bool expire = false;
+  /// No more is held than storage writes in a moment.
+  bool hurried = false;
+  /// What storage refused is tried again at once; otherwise never by itself. Not with `reserve`: a
+  /// write would ask for room without end.
+  bool retries = false;
   /// Units are queued for background writers, whose part the steps `turn` play.
   bool background = false;
 
@@ -51,6 +57,8 @@ struct ModelSetup {
   Trims trims = Trims::zeros;
   /// The disk is not empty at first.
   bool filled = false;
+  /// Cluster bits of the qcow2 header that it begins with; 0: it has none.
+  std::uint64_t header = 0;
   /// Storage acknowledges this write (counted from 1) without doing it; 0: none.
   std::uint64_t loses_write = 0;
 };
@@ -72,11 +80,14 @@ enum class StepKind {
   turn,        ///< a background writer gets its turn
   budget,      ///< `length` bytes of memory from now on
   size,        ///< the disk is `length` bytes long as soon as nobody is connected, or it grows
-  breaks,      ///< calls of kind `fails` fail from now on
+  breaks,      ///< calls of kind `fails` fail from now on, from the `nth` or, if `once`, just that
   heals,       ///< nothing does any more
   look,        ///< somebody connects, asks for no data, and leaves
   exchange,    ///< who connects from now on sees another disk; where `value`, a disk with content
 };
+
+/// How much of a call is carried out. As `MemoryStorage::Verdict::Part`.
+enum class Done { none, half, all };
 
 /// Which of storage's calls fails. From `read` on: as `MemoryStorage::Kind`.
 enum class Fails { nothing, any, read, write, flush, zero, trim, extents, cache };
@@ -95,11 +106,12 @@ struct ModelStep {
   bool first = false;
   bool read_only = false;
   /// During this step the call of this kind fails, the `nth` of its kind (from 1), with `error`
-  /// (errno); `torn`: a part of it was carried out.
+  /// (errno) after `done` of it was carried out.
   Fails fails = Fails::nothing;
   std::uint64_t nth = 1;
   std::uint64_t error = 0;
-  bool torn = false;
+  Done done = Done::none;
+  bool once = false;
 };
 
 struct ModelSequence {

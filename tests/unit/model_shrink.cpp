@@ -38,9 +38,10 @@ std::vector<ModelStep> simpler(const ModelStep& step) {
     s.fails = Fails::nothing;
     s.nth = 1;
     s.error = 0;
-    s.torn = false;
+    s.done = Done::none;
+    s.once = false;
   });
-  try_with([](ModelStep& s) { s.torn = false; });
+  try_with([](ModelStep& s) { s.done = Done::none; });
   try_with([](ModelStep& s) { s.fua = false; });
   try_with([](ModelStep& s) { s.may_trim = false; });
   try_with([](ModelStep& s) { s.fast = false; });
