@@ -5,11 +5,11 @@
 #include "image_bytes.hpp"
 #include "memory_budget.hpp"
 #include "memory_storage.hpp"
-#include "model_bytes.hpp"
+#include "model_client.hpp"
 #include "writeback.hpp"
 
 #include <algorithm>
-#include <cerrno>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <set>
@@ -24,44 +24,10 @@ using Bytes = std::vector<std::byte>;
 using Kind = MemoryStorage::Kind;
 using Verdict = MemoryStorage::Verdict;
 
-/// The bytes before which, without a common cache, all belong to the first connection.
-constexpr std::uint64_t header_end = 512;
-constexpr std::uint64_t least_unit = WriteCache::least_unit_size;
 /// Memory in bytes that is enough for anything.
 constexpr std::size_t plenty = std::size_t{64} * 1024 * 1024;
 /// No step needs so many calls of storage.
 constexpr std::uint64_t endless = 20000;
-
-/// What `value` writes at `offset`: other values at neighbouring offsets, and zeros for 0.
-Bytes bytes_of(std::uint64_t value, const ByteRange& range) {
-  if (value == 0)
-    return Bytes(range.size());
-  // Copied in pieces: loops over single bytes are slow under sanitizers.
-  static const Bytes wheel = [] {
-    Bytes all(std::size_t{255} * 256);
-    for (std::size_t i = 0; i < all.size(); ++i)
-      all[i] = static_cast<std::byte>(1 + i % 255);
-    return all;
-  }();
-  const std::span<const std::byte> wheel_from =
-      std::span(wheel).subspan((value * 37 + range.begin) % 255, wheel.size() - 255);
-  Bytes bytes;
-  while (bytes.size() < range.size()) {
-    const auto piece = wheel_from.first(std::min(wheel_from.size(), range.size() - bytes.size()));
-    bytes.insert(bytes.end(), piece.begin(), piece.end());
-  }
-  return bytes;
-}
-
-std::string text_of(const ByteRange& range) {
-  return std::to_string(range.begin) + "-" + std::to_string(range.end);
-}
-
-std::string hexadecimal(std::byte byte) {
-  constexpr const char* digits = "0123456789abcdef";
-  const auto value = std::to_integer<unsigned>(byte);
-  return {digits[value / 16], digits[value % 16]};
-}
 
 bool fails_call(Fails fails, Kind kind) {
   switch (fails) {
@@ -74,7 +40,7 @@ bool fails_call(Fails fails, Kind kind) {
   }
 }
 
-class Run {
+class Run final : public ModelReferee {
 public:
   explicit Run(const ModelSequence& sequence)
       : sequence_(sequence), setup_(sequence.setup), budget_(setup_.memory),
@@ -82,12 +48,14 @@ public:
     for (std::uint64_t i = 0; i < setup_.connections; ++i) {
       if (i == 0 || setup_.sharing == Sharing::nothing)
         views_.push_back(fresh_view());
-      clients_.emplace_back();
+      clients_.emplace_back(
+          *this, i,
+          ModelStripes{setup_.sharing == Sharing::disk ? setup_.stripe : 0, setup_.connections});
     }
   }
   Run(const Run&) = delete;
   Run& operator=(const Run&) = delete;
-  ~Run() = default;
+  ~Run() override = default;
 
   ModelResult result() {
     for (std::size_t i = 0; i < sequence_.steps.size() && broken_.empty(); ++i) {
@@ -110,18 +78,10 @@ public:
   }
 
 private:
-  struct View {
-    std::shared_ptr<MemoryDisk> disk;
-    ModelBytes model;
-  };
-  struct Client {
-    std::unique_ptr<Connection> connection;
-    /// Owned by the connection.
-    MemoryStorage* storage = nullptr;
+  struct Client : ModelClient {
+    using ModelClient::ModelClient;
     bool cached_before = false;
     bool has_changed = false;
-    /// Which of the disks it sees.
-    std::size_t view = 0;
   };
 
   Export::Settings settings() {
@@ -143,8 +103,8 @@ private:
     return settings;
   }
 
-  View fresh_view() { return fresh_view(setup_.filled ? 251 : 0); }
-  View fresh_view(std::uint64_t content) {
+  ModelView fresh_view() { return fresh_view(setup_.filled ? 251 : 0); }
+  ModelView fresh_view(std::uint64_t content) {
     Bytes initial = bytes_of(content, {0, next_size_});
     if (setup_.header != 0) {
       const Bytes header = qcow2_header(static_cast<unsigned>(setup_.header));
@@ -173,7 +133,7 @@ private:
     return result;
   }
 
-  std::unique_ptr<MemoryStorage> make_storage(std::uint64_t client, const View& view,
+  std::unique_ptr<MemoryStorage> make_storage(std::uint64_t client, const ModelView& view,
                                               bool read_only) {
     auto storage =
         std::make_unique<MemoryStorage>(capabilities(view.disk->size(), read_only), view.disk);
@@ -214,52 +174,23 @@ private:
   }
 
   [[nodiscard]] static bool caches(const Client& client) {
-    const Image* const image = client.connection ? client.connection->image() : nullptr;
-    return image != nullptr && image->cache().caching();
+    const WriteCache* const cache = client.cache();
+    return cache != nullptr && cache->caching();
   }
 
-  void breaks(const std::string& promise) {
+  void breaks(const std::string& promise) override {
     if (broken_.empty())
       broken_ = promise;
   }
 
-  [[nodiscard]] View& view_of(std::uint64_t client) {
-    return views_[setup_.sharing == Sharing::nothing ? client : clients_[client].view];
-  }
-  [[nodiscard]] bool owns(std::uint64_t client, std::uint64_t offset) const {
-    if (setup_.sharing != Sharing::disk)
-      return true;
-    return client == (offset < header_end ? 0 : offset / setup_.stripe % setup_.connections);
-  }
-  /// From the start of `range`, as far as one and the same client owns it.
-  [[nodiscard]] ByteRange first_of_one_owner(const ByteRange& range) const {
-    if (setup_.sharing != Sharing::disk)
-      return range;
-    const std::uint64_t border =
-        range.begin < header_end ? header_end : (range.begin / setup_.stripe + 1) * setup_.stripe;
-    return {range.begin, std::min(range.end, border)};
-  }
-  /// Calls `visit` for the parts of `range` that `client` owns, and those that it does not.
-  template <typename Visit>
-  void for_each_owned(std::uint64_t client, const ByteRange& range, Visit visit) const {
-    for (ByteRange rest = range; !rest.empty();) {
-      const ByteRange part = first_of_one_owner(rest);
-      visit(part, owns(client, part.begin));
-      rest.begin = part.end;
-    }
+  bool excuses(int error) override {
+    const bool refused = fired_.contains(error);
+    result_.failed += refused ? 1 : 0;
+    return refused;
   }
 
-  /// What the step's range is for a connection that sees so much; empty: nothing to do.
-  [[nodiscard]] ByteRange range_of(const ModelStep& step, bool changes) const {
-    const Connection& connection = *clients_[step.connection].connection;
-    const ByteRange range = ByteRange{step.offset, step.offset + step.length}.intersection(
-        {0, connection.capabilities().size});
-    if (range.empty() || !changes)
-      return range;
-    if (!connection.capabilities().can_write || !owns(step.connection, range.begin))
-      return {};
-    return first_of_one_owner(range);
-  }
+  [[nodiscard]] bool untouched() const override { return !changed_by_refused_; }
+  [[nodiscard]] ByteRanges trimmed() const override { return trimmed_; }
 
   // ---- What reaches storage
 
@@ -271,11 +202,15 @@ private:
     }
     check_alignment(client, call);
     if (call.kind == Kind::write)
-      check_content(client, call);
-    if (call.kind == Kind::trim)
-      trimmed_.add(call.range);
+      clients_[client].check_written(call);
     check_budget();
+    const Verdict verdict = decide(call);
+    if (call.kind == Kind::trim && verdict.done != Verdict::Part::none)
+      trimmed_.add(call.range);
+    return verdict;
+  }
 
+  Verdict decide(const MemoryStorage::Call& call) {
     const auto refuse = [&](const ModelStep& step) {
       fired_.insert(static_cast<int>(step.error));
       ++result_.refused;
@@ -305,42 +240,21 @@ private:
   /// Where a connection caches, writes and fill-up reads are in whole blocks.
   void check_alignment(std::uint64_t number, const MemoryStorage::Call& call) {
     const Client& client = clients_[number];
-    const bool fill_up = call.kind == Kind::read && !reading_;
+    const bool fill_up = call.kind == Kind::read && !client.reading();
     if (!client.cached_before || !caches(client) || (call.kind != Kind::write && !fill_up))
       return;
-    const Capabilities& can = client.connection->capabilities();
+    const Capabilities& can = client.capabilities();
     const std::uint64_t alignment = can.write_alignment();
     if (call.range.begin % alignment != 0 ||
         (call.range.end % alignment != 0 && call.range.end != can.size))
-      breaks("storage was called wrongly: not aligned: " + text_of(call.range));
-  }
-
-  /// What a write brings that storage does not have is what some client wrote.
-  void check_content(std::uint64_t client, const MemoryStorage::Call& call) {
-    const View& view = view_of(client);
-    const Bytes now = view.disk->now(call.range);
-    const auto in = [&](std::span<const std::byte> data, const ByteRange& part) {
-      return data.subspan(part.begin - call.range.begin, part.size());
-    };
-    for_each_owned(client, call.range, [&](const ByteRange& part, bool own) {
-      const auto invented = first_without(part, [&](const ByteRange& piece) {
-        return same(in(call.data, piece), in(now, piece)) ||
-               (own && view.model.allows(piece.begin, in(call.data, piece)));
-      });
-      if (invented) {
-        const std::uint64_t i = *invented - call.range.begin;
-        breaks("invented: byte " + std::to_string(*invented) + " is written as " +
-               hexadecimal(call.data[i]) + ", storage has " + hexadecimal(now[i]) +
-               ", clients wrote " + hexadecimal(view.model.at(*invented)));
-      }
-    });
+      breaks("storage was called wrongly: not aligned: " + to_string(call.range));
   }
 
   /// Nothing was asked of storage that it has said it cannot do.
   void check_shape() {
     for (const Client& client : clients_) {
-      if (client.storage != nullptr && !client.storage->violations().empty())
-        breaks("storage was called wrongly: " + client.storage->violations().front());
+      if (client.connected() && !client.storage().violations().empty())
+        breaks("storage was called wrongly: " + client.storage().violations().front());
     }
   }
 
@@ -354,66 +268,12 @@ private:
 
   // ---- What clients are told
 
-  /// Sends a request; returns errno, or 0. A failure must have a reason.
-  int request(std::uint64_t client, const std::function<void(WriteCache&, Storage&)>& work,
-              int excused = 0) {
-    try {
-      const Connection::InUse in_use = clients_[client].connection->in_use(needed_);
-      work(in_use.cache, in_use.use.storage());
-      return 0;
-    } catch (const std::system_error& error) {
-      const int code = error.code().value();
-      if (fired_.contains(code))
-        ++result_.failed;
-      else if (code != excused)
-        breaks(std::string("failed for no reason: ") + error.what());
-      return code != 0 ? code : EIO;
-    } catch (const std::exception& error) {
-      breaks(std::string("failed: ") + error.what());
-      return EIO;
-    }
-  }
-
-  void compare(std::uint64_t client, const char* where, std::uint64_t offset,
-               std::span<const std::byte> data) {
-    View& view = view_of(client);
-    if (const auto wrong = view.model.first_wrong(offset, data)) {
-      breaks(std::string(where) + ": byte " + std::to_string(*wrong) + " is " +
-             hexadecimal(data[*wrong - offset]) + " instead of " +
-             hexadecimal(view.model.at(*wrong)));
-      return;
-    }
-    view.model.seen(offset, data);
-  }
-
-  void check_read(std::uint64_t client, const ByteRange& range, std::span<const std::byte> data) {
-    const Bytes stored = view_of(client).disk->now(range);
-    for_each_owned(client, range, [&](const ByteRange& part, bool own) {
-      const auto found = data.subspan(part.begin - range.begin, part.size());
-      if (own)
-        compare(client, "read", part.begin, found);
-      else if (!same(found, std::span(stored).subspan(part.begin - range.begin, part.size())))
-        breaks("read: " + text_of(part) + " is not what another connection has stored");
-    });
-  }
-
-  /// What the client owns in `range` is on storage, to stay if `durable`.
-  void check_stored(std::uint64_t client, const char* where, const ByteRange& range, bool durable) {
-    const MemoryDisk& disk = *view_of(client).disk;
-    const Bytes stored = durable ? disk.durable(range) : disk.now(range);
-    for_each_owned(client, range, [&](const ByteRange& part, bool own) {
-      if (own)
-        compare(client, where, part.begin,
-                std::span(stored).subspan(part.begin - range.begin, part.size()));
-    });
-  }
-
   /// Whether the export begins with a qcow2 header; nothing where that cannot be told.
-  [[nodiscard]] std::optional<bool> has_header(std::uint64_t client) {
-    const ModelBytes& model = view_of(client).model;
+  [[nodiscard]] std::optional<bool> has_header(const Client& client) const {
+    const ModelBytes& model = client.view().bytes;
     const ByteRange watched{0, std::min<std::uint64_t>(model.size(), qcow2::header_bytes)};
     // A connection from before the disk grew may not see all of it.
-    if (clients_[client].connection->capabilities().size < watched.end)
+    if (client.capabilities().size < watched.end)
       return std::nullopt;
     if (setup_.cluster != 0 || setup_.sharing == Sharing::disk || !model.certain(watched))
       return std::nullopt;
@@ -423,175 +283,38 @@ private:
     return qcow2::parse_header(bytes).has_value();
   }
 
-  /// Whether a request that failed has changed nothing: it is a single one for storage, and what
-  /// was refused was not carried out.
-  [[nodiscard]] bool is_untouched(std::uint64_t client, const ByteRange& range) const {
-    return !changed_by_refused_ &&
-           clients_[client].storage->pieces(align_outward(range, setup_.minimum)) == 1;
-  }
-
-  void write(std::uint64_t client, std::uint64_t offset, const Bytes& data, bool fua) {
-    View& view = view_of(client);
-    const ByteRange range{offset, offset + data.size()};
-    const auto caching = [&] { return caches(clients_[client]); };
+  /// A client's write, and where it has to go.
+  void write(Client& client, const ModelStep& step) {
+    const ByteRange range = client.changed_by(step);
+    const auto caching = [&] { return caches(client); };
     const std::optional<bool> header = has_header(client);
-    const bool through = (!caching() || header == false) && !range.overlaps({0, header_end});
-    view.model.may_be(offset, data);
-    const int error = request(client, [&](WriteCache& cache, Storage& storage) {
-      cache.write(storage, offset, data, fua);
-    });
-    if (error != 0) {
-      const bool one_unit = offset / least_unit == (range.end - 1) / least_unit;
-      if ((fua || one_unit) && is_untouched(client, range))
-        view.model.withdraw();
+    const bool through =
+        (!caching() || header == false) && !range.overlaps({0, ModelStripes::header_end});
+    if (client.carry_out(step) != 0 || range.empty())
       return;
-    }
-    view.model.is(offset, data);
-    if (fua)
-      check_stored(client, "stored by FUA", range, true);
     // A refusal makes the cache look for the header anew, so that it may have cached meanwhile.
     if (through && (!caching() || header == false) && fired_.empty())
-      check_stored(client, "passed through", range, false);
+      client.check_stored("passed through", range, false);
     // A guest's writes pass through as long as nobody knows better.
-    const bool guest = clients_[client].storage->is_guest();
-    if (has_header(client) == true && result_.refused == 0 && most_used_ >= plenty && !guest &&
-        !caching())
+    if (has_header(client) == true && result_.refused == 0 && most_used_ >= plenty &&
+        !client.storage().is_guest() && !caching())
       breaks("there is a header, and nothing is cached");
-  }
-
-  void read(std::uint64_t client, const ByteRange& range) {
-    Bytes data(range.size());
-    reading_ = true;
-    const int error = request(client, [&](WriteCache& cache, Storage& storage) {
-      cache.read(storage, range.begin, data);
-    });
-    reading_ = false;
-    if (error == 0)
-      check_read(client, range, data);
-  }
-
-  void zero(const ModelStep& step, const ByteRange& range) {
-    const Bytes zeros(range.size());
-    if (!setup_.can_zero) {
-      write(step.connection, range.begin, zeros, step.fua); // nbdkit does the same
-      return;
-    }
-    View& view = view_of(step.connection);
-    const Storage::ZeroOptions options{step.may_trim, step.fua, step.fast && setup_.can_fast_zero};
-    const bool slow = align_inward(range, setup_.minimum) != range ||
-                      clients_[step.connection].storage->pieces(range) != 1;
-    view.model.may_be(range.begin, zeros);
-    const int error = request(
-        step.connection,
-        [&](WriteCache& cache, Storage& storage) { cache.zero(storage, range, options); },
-        options.fast && slow ? ENOTSUP : 0);
-    if (options.fast && slow && fired_.empty()) {
-      if (error == 0)
-        breaks("a fast zero that cannot be one did not fail");
-      view.model.withdraw();
-    } else if (error == 0) {
-      view.model.is(range.begin, zeros);
-      if (step.fua)
-        check_stored(step.connection, "zeroed by FUA", range, true);
-    } else if (!slow && is_untouched(step.connection, range)) {
-      view.model.withdraw();
-    }
-  }
-
-  void trim(const ModelStep& step, const ByteRange& range) {
-    View& view = view_of(step.connection);
-    const ByteRange blocks = align_inward(range, setup_.minimum);
-    const int error = request(step.connection, [&](WriteCache& cache, Storage& storage) {
-      cache.trim(storage, range, step.fua);
-    });
-    if (error != 0) {
-      // A part may have been done. Bytes that storage lacks are not lost by it.
-      for (const ByteRange& part : trimmed_.inside(blocks))
-        view.model.may_be(part.begin, view.disk->now(part));
-      return;
-    }
-    view.model.is(blocks.begin, view.disk->now(blocks));
-    if (setup_.trims == Trims::zeros && !view.disk->all_zeros(blocks))
-      breaks("trim: " + text_of(blocks) + " was not trimmed");
-    if (step.fua)
-      check_stored(step.connection, "trimmed by FUA", blocks, true);
-  }
-
-  void extents(const ModelStep& step, const ByteRange& range) {
-    Storage::Extents found;
-    const int error = request(step.connection, [&](WriteCache& cache, Storage& storage) {
-      found = cache.extents(storage, range, step.first);
-    });
-    if (error != 0)
-      return;
-    std::uint64_t position = range.begin;
-    for (const Storage::Extent& extent : found) {
-      if (extent.range.begin != position || extent.range.empty() || extent.range.end > range.end)
-        breaks("extents: " + text_of(extent.range) + " does not follow " +
-               std::to_string(position));
-      position = extent.range.end;
-    }
-    if (position == range.begin)
-      breaks("extents: none");
-    if (!broken_.empty())
-      return;
-    for (const Storage::Extent& extent : found) {
-      if (extent.type == Storage::ExtentType::zero ||
-          extent.type == Storage::ExtentType::hole_and_zero)
-        check_read(step.connection, extent.range, Bytes(extent.range.size()));
-    }
-  }
-
-  void hint(const ModelStep& step, const ByteRange& range) {
-    if (!setup_.can_cache)
-      return;
-    request(step.connection, [&](WriteCache& /*cache*/, Storage& storage) {
-      storage.cache(align_outward(range, setup_.minimum));
-    });
-  }
-
-  [[nodiscard]] bool within_reach(std::uint64_t client) const {
-    const Connection& connection = *clients_[client].connection;
-    if (connection.image() == nullptr)
-      return true;
-    const Unsaved unsaved = connection.image()->cache().unsaved();
-    return unsaved.bytes == 0 || (connection.capabilities().can_write &&
-                                  unsaved.ranges.hull().end <= connection.capabilities().size);
-  }
-
-  void flush(std::uint64_t client) {
-    const int excused = within_reach(client) ? 0 : EIO;
-    const int error = request(
-        client, [](WriteCache& cache, Storage& storage) { cache.flush(storage); }, excused);
-    if (error != 0)
-      return;
-    const WriteCache& cache = clients_[client].connection->image()->cache();
-    if (!cache.clean() || cache.unsaved().bytes > 0)
-      breaks("flush: some bytes are still in memory only");
-    check_stored(client, "flushed", {0, view_of(client).disk->size()}, true);
-  }
-
-  /// What a background writer does when it finds that a unit waits.
-  void take_turn(std::uint64_t client) {
-    if (!setup_.background)
-      return;
-    request(client, [](WriteCache& cache, Storage& /*storage*/) { cache.write_next(); });
   }
 
   // ---- Coming and going
 
   [[nodiscard]] bool anybody_connected() const {
-    return std::ranges::any_of(clients_, [](const Client& client) { return !!client.connection; });
+    return std::ranges::any_of(clients_, [](const Client& client) { return client.connected(); });
   }
 
-  [[nodiscard]] bool anybody_sees(std::size_t view) const {
-    return std::ranges::any_of(clients_, [view](const Client& client) {
-      return client.connection && client.view == view;
+  [[nodiscard]] bool anybody_sees(const ModelView& view) const {
+    return std::ranges::any_of(clients_, [&view](const Client& client) {
+      return client.connected() && &client.view() == &view;
     });
   }
 
   void look(std::uint64_t number) {
-    const View& view = views_[setup_.sharing == Sharing::nothing ? number : views_.size() - 1];
+    const ModelView& view = views_[setup_.sharing == Sharing::nothing ? number : views_.size() - 1];
     Connection onlooker(exports_, "export");
     onlooker.begin(make_storage(number, view, false));
     onlooker.drain();
@@ -624,40 +347,34 @@ private:
 
   void take_next_size() {
     views_.front().disk->resize(next_size_);
-    views_.front().model.resize(next_size_);
+    views_.front().bytes.resize(next_size_);
   }
 
   void connect(const ModelStep& step) {
     Client& client = clients_[step.connection];
-    if (client.connection)
+    if (client.connected())
       return;
     lost_.clear();
     if (setup_.sharing == Sharing::nothing)
       views_[step.connection] = fresh_view();
     else if (!anybody_connected())
       take_next_size();
-    if (setup_.sharing == Sharing::cache)
-      client.view = views_.size() - 1;
-    View& view = view_of(step.connection);
-    const std::uint64_t size = view.disk->size();
-    client.connection = std::make_unique<Connection>(exports_, "export");
-    std::unique_ptr<MemoryStorage> storage = make_storage(step.connection, view, step.read_only);
-    client.storage = storage.get();
+    ModelView& view = setup_.sharing == Sharing::nothing ? views_[step.connection] : views_.back();
     try {
-      client.connection->begin(std::move(storage));
+      client.connect(exports_, make_storage(step.connection, view, step.read_only), view);
     } catch (const std::exception& error) {
       breaks(std::string("connecting failed: ") + error.what());
       return;
     }
-    sizes_seen_.insert(size);
+    sizes_seen_.insert(view.disk->size());
   }
 
   /// The first data request finds out what the connection sees; so do those of a guest. Returns
   /// whether it could.
-  bool enter(std::uint64_t client) {
+  bool enter(Client& client, const Image::Request& needed) {
     lost_.clear();
-    const int error = request(client, [](WriteCache&, Storage&) {});
-    View& view = view_of(client);
+    const int error = client.request(needed, [](WriteCache&, Storage&) {});
+    ModelView& view = client.view();
     // What is left of a disk that was exchanged is lost, and nobody sees that disk any more.
     if (exchanged_)
       return error == 0;
@@ -665,36 +382,29 @@ private:
     if (!lost_.empty() && sizes_seen_.size() == 1 && !reads_refused_ && !vanished_)
       breaks("bytes were given up for a connection of the same size");
     for (const ByteRange& lost : lost_.inside({0, view.disk->size()}))
-      view.model.is(lost.begin, view.disk->now(lost));
+      view.bytes.is(lost.begin, view.disk->now(lost));
     return error == 0;
   }
 
-  void disconnect(std::uint64_t number, bool properly) {
-    Client& client = clients_[number];
-    View& view = view_of(number);
-    const bool reached = within_reach(number);
-    const bool writable = client.connection->capabilities().can_write;
-    const bool wrote = std::exchange(client.has_changed, false) && !client.storage->is_guest();
+  void disconnect(Client& client, bool properly) {
+    ModelView& view = client.view();
+    const bool reached = client.reaches_all();
+    const bool writable = client.capabilities().can_write;
+    const bool wrote = std::exchange(client.has_changed, false) && !client.storage().is_guest();
     vanished_ = vanished_ || !properly;
     lost_.clear();
-    if (properly)
-      client.connection->drain();
-    check_shape();
-    client.connection->end();
-    client.connection.reset();
-    client.storage = nullptr;
+    client.disconnect(properly);
 
     const ByteRange all{0, view.disk->size()};
     // What others wrote is for them to see to.
-    const bool for_it_to_store =
-        setup_.sharing != Sharing::cache || (wrote && !anybody_sees(client.view));
+    const bool for_it_to_store = setup_.sharing != Sharing::cache || (wrote && !anybody_sees(view));
     const bool all_stored = properly && reached && fired_.empty() && writable && for_it_to_store;
     if (!lost_.empty() && (all_stored || setup_.sharing == Sharing::cache))
-      breaks("disconnecting lost bytes: " + text_of(lost_.hull()));
+      breaks("disconnecting lost bytes: " + to_string(lost_.hull()));
     for (const ByteRange& lost : lost_)
-      view.model.is(lost.begin, view.disk->now(lost));
+      view.bytes.is(lost.begin, view.disk->now(lost));
     if (all_stored || setup_.sharing != Sharing::cache)
-      check_stored(number, "left on storage", all, false);
+      client.check_stored("left on storage", all, false);
   }
 
   void carry_out(const ModelStep& step) {
@@ -723,8 +433,8 @@ private:
       exchange(step.value);
       return;
     default:
-      if (step.connection < clients_.size() && clients_[step.connection].connection)
-        ask(step);
+      if (step.connection < clients_.size() && clients_[step.connection].connected())
+        ask(clients_[step.connection], step);
     }
   }
 
@@ -733,18 +443,20 @@ private:
            kind == StepKind::trim;
   }
 
-  void ask(const ModelStep& step) {
-    const std::uint64_t client = step.connection;
-    const ByteRange range = range_of(step, false);
-    const ByteRange changes = range_of(step, true);
+  void ask(Client& client, const ModelStep& step) {
+    const ByteRange changes = client.changed_by(step);
     const bool ends = step.kind == StepKind::disconnect || step.kind == StepKind::vanish;
     const bool will_change = changes_something(step.kind) && !changes.empty();
     const bool reads = step.kind == StepKind::read || step.kind == StepKind::extents;
-    needed_ = will_change ? Image::Request{true, changes}
-                          : (reads ? Image::Request{false, range} : Image::Request{});
-    if (!ends && !enter(client))
+    const Image::Request needed = will_change ? Image::Request{true, changes}
+                                  : reads     ? Image::Request{false, client.range_of(step)}
+                                              : Image::Request{};
+    if (!ends && !enter(client, needed))
       return;
-    clients_[client].has_changed = clients_[client].has_changed || will_change;
+    client.has_changed = client.has_changed || will_change;
+    const auto request = [&](const std::function<void(WriteCache&)>& work) {
+      client.request({}, [&](WriteCache& cache, Storage& /*storage*/) { work(cache); });
+    };
     switch (step.kind) {
     case StepKind::disconnect:
       disconnect(client, true);
@@ -753,95 +465,62 @@ private:
       disconnect(client, exchanged_); // nothing is to be left there of a disk that nobody sees
       return;
     case StepKind::write:
-      if (!changes.empty())
-        write(client, changes.begin, bytes_of(step.value, changes), step.fua);
-      return;
     case StepKind::header:
-      write_header(step, changes);
-      return;
-    case StepKind::read:
-      if (!range.empty())
-        read(client, range);
+      write(client, step);
       return;
     case StepKind::zero:
-      if (!changes.empty())
-        zero(step, changes);
-      return;
-    case StepKind::trim:
-      if (!changes.empty() && setup_.can_trim)
-        trim(step, changes);
-      return;
-    case StepKind::extents:
-      if (!range.empty() && setup_.can_extents)
-        extents(step, range);
-      return;
-    case StepKind::cache:
-      if (!range.empty())
-        hint(step, range);
-      return;
-    case StepKind::flush:
-      if (clients_[client].connection->capabilities().can_write)
-        flush(client);
+      if (setup_.can_zero)
+        client.carry_out(step);
+      else
+        write(client, step);
       return;
     case StepKind::tick:
-      request(client, [](WriteCache& cache, Storage& /*storage*/) { cache.tick(); });
+      request([](WriteCache& cache) { cache.tick(); });
       return;
     case StepKind::cluster_end:
-      request(client,
-              [&](WriteCache& cache, Storage& /*storage*/) { cache.set_cluster_end(step.offset); });
+      request([&](WriteCache& cache) { cache.set_cluster_end(step.offset); });
       return;
-    case StepKind::turn:
-      for (std::uint64_t i = 0; i < step.length; ++i)
-        take_turn(client);
+    case StepKind::turn: // what a background writer does when it finds that a unit waits
+      for (std::uint64_t i = 0; i < step.length && setup_.background; ++i)
+        request([](WriteCache& cache) { cache.write_next(); });
       return;
     default:
-      return;
+      client.carry_out(step);
     }
   }
 
-  void write_header(const ModelStep& step, const ByteRange& range) {
-    Bytes header = step.value == 0 ? Bytes(qcow2::header_bytes)
-                                   : qcow2_header(static_cast<unsigned>(step.value));
-    const ByteRange part = range.intersection({0, header.size()});
-    if (part.empty())
+  void read_and_flush(Client& client) {
+    if (!enter(client, {}))
       return;
-    write(step.connection, part.begin,
-          {header.begin() + static_cast<std::ptrdiff_t>(part.begin),
-           header.begin() + static_cast<std::ptrdiff_t>(part.end)},
-          step.fua);
+    if (client.capabilities().size > 0)
+      client.read({0, client.capabilities().size});
+    if (client.capabilities().can_write)
+      client.flush();
   }
 
   void finish() {
-    needed_ = {};
-    for (std::uint64_t i = 0; i < clients_.size() && broken_.empty(); ++i) {
-      if (clients_[i].connection && enter(i)) {
-        const Capabilities& can = clients_[i].connection->capabilities();
-        if (can.size > 0)
-          read(i, {0, can.size});
-        if (can.can_write)
-          flush(i);
-      }
+    for (Client& client : clients_) {
+      if (client.connected() && broken_.empty())
+        read_and_flush(client);
     }
-    for (std::uint64_t i = 0; i < clients_.size() && broken_.empty(); ++i) {
-      if (clients_[i].connection)
-        disconnect(i, true);
+    for (Client& client : clients_) {
+      if (client.connected() && broken_.empty())
+        disconnect(client, true);
     }
     // What no connection could store so far waits for one that can.
     next_size_ = views_.front().disk->size();
     if (broken_.empty())
       connect({});
-    if (broken_.empty() && next_size_ > 0 && enter(0))
-      read(0, {0, next_size_});
     if (broken_.empty())
-      flush(0);
+      read_and_flush(clients_.front());
     if (broken_.empty())
-      disconnect(0, true);
+      disconnect(clients_.front(), true);
     if (!broken_.empty())
       return;
     lost_.clear();
     exports_.report_left();
     if (!lost_.empty() && !exchanged_)
-      breaks("lost at the end: " + text_of(lost_.hull()));
+      breaks("lost at the end: " + to_string(lost_.hull()));
     if (budget_.used() > 0)
       breaks("memory is still in use at the end");
   }
@@ -858,8 +537,9 @@ private:
   MemoryBudget budget_;
   Writeback writeback_; // never started: the sequence says when a writer gets its turn
   Exports exports_;
-  std::vector<View> views_;
-  std::vector<Client> clients_;
+  // Not moved about: clients and connections know where they are.
+  std::deque<ModelView> views_;
+  std::deque<Client> clients_;
 
   std::size_t most_used_;
   std::uint64_t next_size_;
@@ -877,13 +557,10 @@ private:
   std::size_t at_ = 0;
   std::uint64_t matching_calls_ = 0;
   std::uint64_t calls_ = 0;
-  /// A client's read is under way: what is read fills up no block.
-  bool reading_ = false;
   std::set<int> fired_;
   /// A call that was refused may have been carried out in part.
   bool changed_by_refused_ = false;
   ByteRanges trimmed_;
-  Image::Request needed_;
   std::string broken_;
 };
 
