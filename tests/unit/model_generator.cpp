@@ -11,6 +11,11 @@ namespace {
 constexpr std::uint64_t unit = 65536;
 constexpr std::uint64_t header_size = 112;
 
+// The distributions of the standard library differ from one implementation to the next.
+std::function<std::uint64_t(std::uint64_t)> chance_from(std::uint64_t seed) {
+  return [random = std::mt19937_64(seed)](std::uint64_t limit) mutable { return random() % limit; };
+}
+
 class Generator {
 public:
   explicit Generator(ModelChoices choices) : choices_(std::move(choices)) {}
@@ -22,6 +27,14 @@ public:
     for (std::uint64_t i = 0; i < steps && !choices_.ended(); ++i)
       add(make_step());
     return sequence_;
+  }
+
+  std::vector<ModelStep> make_steps(const ModelSetup& setup, std::size_t count) {
+    sequence_.setup = setup;
+    size_ = setup.size;
+    while (sequence_.steps.size() < count)
+      add(make_step());
+    return sequence_.steps;
   }
 
 private:
@@ -310,7 +323,10 @@ ModelSequence random_sequence(ModelChoices choices) {
 }
 
 ModelSequence random_sequence(std::uint64_t seed) {
-  std::mt19937_64 random(seed);
-  // The distributions of the standard library differ from one implementation to the next.
-  return random_sequence({[&random](std::uint64_t limit) { return random() % limit; }});
+  return random_sequence({chance_from(seed)});
+}
+
+std::vector<ModelStep> random_steps(const ModelSetup& setup, std::uint64_t seed,
+                                    std::size_t count) {
+  return Generator({chance_from(seed)}).make_steps(setup, count);
 }

@@ -2,8 +2,10 @@
 
 #include "model_sequence.hpp"
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 /// What the choices come from that make a sequence.
 struct ModelChoices {
@@ -16,5 +18,7 @@ struct ModelChoices {
 };
 
 ModelSequence random_sequence(ModelChoices choices);
+/// So many steps after connections were made to an export like `setup`. No calls are to fail.
+std::vector<ModelStep> random_steps(const ModelSetup& setup, std::uint64_t seed, std::size_t count);
 /// A random sequence: the same one for the same seed, on every machine.
 ModelSequence random_sequence(std::uint64_t seed);
