@@ -1,5 +1,6 @@
 #include "model_client.hpp"
 
+#include "copy_bytes.hpp"
 #include "image_bytes.hpp"
 
 #include <algorithm>
@@ -23,6 +24,16 @@ std::string hexadecimal(std::byte byte) {
 std::span<const std::byte> part_of(std::span<const std::byte> data, const ByteRange& range,
                                    const ByteRange& part) {
   return data.subspan(part.begin - range.begin, part.size());
+}
+
+/// Puts what is in `part` of `range` there.
+void put(std::span<const std::byte> data, const ByteRange& range, const ByteRange& part,
+         Bytes& bytes) {
+  copy_bytes(data, bytes.begin() + static_cast<std::ptrdiff_t>(part.begin - range.begin));
+}
+
+std::uint64_t first_difference(std::span<const std::byte> a, std::span<const std::byte> b) {
+  return static_cast<std::uint64_t>(std::ranges::mismatch(a, b).in1 - a.begin());
 }
 
 } // namespace
@@ -55,14 +66,26 @@ ByteRange ModelStripes::first_of_one_owner(const ByteRange& range) const noexcep
   return {range.begin, std::min(range.end, border)};
 }
 
-/// Calls `visit` for the parts of `range`, each with whether the client owns it.
+/// Calls `visit` for the parts of `range` that the client owns.
 template <typename Visit>
-void ModelClient::for_each_owned(const ByteRange& range, Visit visit) const {
-  for (ByteRange rest = range; !rest.empty();) {
-    const ByteRange part = stripes_.first_of_one_owner(rest);
-    visit(part, stripes_.owns(number_, part.begin));
-    rest.begin = part.end;
+void ModelClient::for_each_own(const ByteRange& range, Visit visit) const {
+  const std::uint64_t width = stripes_.width;
+  if (width == 0) {
+    visit(range);
+    return;
   }
+  const auto visit_part = [&](const ByteRange& part) {
+    if (part.overlaps(range))
+      visit(part.intersection(range));
+  };
+  if (number_ >= stripes_.clients)
+    return; // an onlooker
+  if (number_ == 0)
+    visit_part({0, ModelStripes::header_end});
+  const std::uint64_t period = width * stripes_.clients;
+  for (std::uint64_t begin = range.begin / period * period + number_ * width; begin < range.end;
+       begin += period)
+    visit_part({std::max(begin, ModelStripes::header_end), begin + width});
 }
 
 void ModelClient::connect(Exports& exports, std::unique_ptr<MemoryStorage> storage,
@@ -120,39 +143,42 @@ void ModelClient::compare(const char* where, std::uint64_t offset,
 }
 
 void ModelClient::check_read(const ByteRange& range, std::span<const std::byte> data) {
-  const Bytes stored = view_->disk->now(range);
-  for_each_owned(range, [&](const ByteRange& part, bool own) {
+  Bytes expected = view_->disk->now(range);
+  for_each_own(range, [&](const ByteRange& part) {
     const auto found = part_of(data, range, part);
-    if (own)
-      compare("read", part.begin, found);
-    else if (!stripes_.at_once && !same(found, part_of(stored, range, part)))
-      referee_.breaks("read: " + to_string(part) + " is not what another connection has stored");
+    compare("read", part.begin, found);
+    put(found, range, part, expected);
   });
+  if (!stripes_.at_once && !same(data, expected))
+    referee_.breaks("read: byte " + std::to_string(range.begin + first_difference(data, expected)) +
+                    " is not what another connection has stored");
 }
 
 void ModelClient::check_stored(const char* where, const ByteRange& range, bool durable) {
   const Bytes stored = durable ? view_->disk->durable(range) : view_->disk->now(range);
-  for_each_owned(range, [&](const ByteRange& part, bool own) {
-    if (own)
-      compare(where, part.begin, part_of(stored, range, part));
+  for_each_own(range, [&](const ByteRange& part) {
+    compare(where, part.begin, part_of(stored, range, part));
   });
 }
 
 void ModelClient::check_written(const MemoryStorage::Call& call) const {
   const Bytes now = view_->disk->now(call.range);
-  for_each_owned(call.range, [&](const ByteRange& part, bool own) {
+  Bytes expected = now;
+  for_each_own(call.range, [&](const ByteRange& part) {
     const auto invented = first_without(part, [&](const ByteRange& piece) {
       const auto data = part_of(call.data, call.range, piece);
-      return same(data, part_of(now, call.range, piece)) ||
-             (own && view_->bytes.allows(piece.begin, data));
+      return same(data, part_of(now, call.range, piece)) || view_->bytes.allows(piece.begin, data);
     });
-    if (invented) {
-      const std::uint64_t i = *invented - call.range.begin;
-      referee_.breaks("invented: byte " + std::to_string(*invented) + " is written as " +
-                      hexadecimal(call.data[i]) + ", storage has " + hexadecimal(now[i]) +
-                      ", clients wrote " + hexadecimal(view_->bytes.at(*invented)));
-    }
+    const ByteRange right{part.begin, invented.value_or(part.end)};
+    put(part_of(call.data, call.range, right), call.range, right, expected);
   });
+  if (same(call.data, expected))
+    return;
+  const std::uint64_t i = first_difference(call.data, expected);
+  const std::uint64_t offset = call.range.begin + i;
+  referee_.breaks("invented: byte " + std::to_string(offset) + " is written as " +
+                  hexadecimal(call.data[i]) + ", storage has " + hexadecimal(now[i]) +
+                  ", clients wrote " + hexadecimal(view_->bytes.at(offset)));
 }
 
 int ModelClient::request(const Image::Request& needed, const Work& work, int excused) {

@@ -111,7 +111,7 @@ public:
 
 private:
   template <typename Visit>
-  void for_each_owned(const qcowcache::ByteRange& range, Visit visit) const;
+  void for_each_own(const qcowcache::ByteRange& range, Visit visit) const;
   [[nodiscard]] bool untouched(const qcowcache::ByteRange& range) const;
   void compare(const char* where, std::uint64_t offset, std::span<const std::byte> data);
   void check_read(const qcowcache::ByteRange& range, std::span<const std::byte> data);
