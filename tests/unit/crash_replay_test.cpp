@@ -1,10 +1,10 @@
 #include "crash_replay.hpp"
 
 #include "catch.hpp"
-#include "connection.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
 #include "sanitized.hpp"
+#include "serving.hpp"
 
 #include <algorithm>
 #include <cstdlib>
@@ -160,9 +160,9 @@ void record_in(Journal& journal, MemoryStorage& storage) {
 
 /// A client that sends what a qcow2 writer does, and worse. It never changes another's bytes, but
 /// they lie side by side.
-class Client {
+class Writer {
 public:
-  Client(Exports& exports, const std::shared_ptr<MemoryDisk>& disk,
+  Writer(Exports& exports, const std::shared_ptr<MemoryDisk>& disk,
          const Capabilities& capabilities, Journal& journal, Allocator& allocator,
          std::uint64_t seed, bool has_header)
       : exports_(exports), disk_(disk), capabilities_(capabilities), journal_(journal),
@@ -174,20 +174,14 @@ public:
   void run(unsigned steps) {
     for (unsigned i = 0; i < steps; ++i)
       step();
-    leave();
+    client_.reset();
   }
 
 private:
   void connect() {
-    connection_ = std::make_unique<Connection>(exports_, "");
     auto storage = std::make_unique<MemoryStorage>(capabilities_, disk_);
     record_in(journal_, *storage);
-    connection_->begin(std::move(storage));
-  }
-
-  void leave() {
-    connection_->drain();
-    connection_->end();
+    client_ = std::make_unique<Client>(exports_, "", std::move(storage));
   }
 
   void step();
@@ -213,10 +207,10 @@ private:
   const ByteRange table_;
   std::vector<ByteRange> mine_;
   unsigned written_ = 0;
-  std::unique_ptr<Connection> connection_;
+  std::unique_ptr<Client> client_;
 };
 
-void Client::step() {
+void Writer::step() {
   const auto dice = random_() % 100;
   if (dice < 50) {
     append();
@@ -234,9 +228,8 @@ void Client::step() {
   } else if (dice < 93) {
     request(Kind::flush, {}, false);
   } else if (dice < 96) {
-    const Connection::InUse in_use = connection_->in_use(Image::Request{});
-    std::vector<std::byte> data(random_() % (2 * unit) + 1);
-    in_use.cache.read(in_use.use.storage(), random_() % (capabilities_.size - data.size()), data);
+    const std::size_t size = random_() % (2 * unit) + 1;
+    static_cast<void>(client_->read(random_() % (capabilities_.size - size), size));
   } else if (dice < 98 && has_header_) {
     // A new image over the old one, or none at all for a while.
     if (chance(30))
@@ -244,12 +237,12 @@ void Client::step() {
     else
       send({Kind::write, {0, 112}, qcow2_header(one_of(random_, {9U, 16U, 17U})), chance(20)});
   } else if (dice < 99) {
-    leave();
+    client_.reset();
     connect();
   }
 }
 
-void Client::append() {
+void Writer::append() {
   const bool compressed = chance(85);
   const std::uint64_t size =
       compressed
@@ -264,32 +257,29 @@ void Client::append() {
   request(Kind::write, range, chance(3));
 }
 
-void Client::request(Kind kind, const ByteRange& range, bool fua) {
+void Writer::request(Kind kind, const ByteRange& range, bool fua) {
   Change change{kind, range, {}, fua};
   if (kind == Kind::write)
     change.data = pattern(range.size(), static_cast<unsigned>(random_()) + ++written_);
   send(std::move(change));
 }
 
-void Client::send(Change change) {
+void Writer::send(Change change) {
   const Change sent = change;
   const std::size_t number = journal_.begin(Side::client, std::move(change));
   // What others are acknowledged from here on a flush need not cover.
-  const Connection::InUse in_use =
-      connection_->in_use(sent.kind == Kind::flush ? Image::Request{} : Image::Request{true});
-  Storage& storage = in_use.use.storage();
   switch (sent.kind) {
   case Kind::write:
-    in_use.cache.write(storage, sent.range.begin, sent.data, sent.fua);
+    client_->write(sent.range.begin, sent.data, sent.fua);
     break;
   case Kind::zero:
-    in_use.cache.zero(storage, sent.range, {chance(50), sent.fua, false});
+    client_->zero(sent.range, {chance(50), sent.fua, false});
     break;
   case Kind::trim:
-    in_use.cache.trim(storage, sent.range, sent.fua);
+    client_->trim(sent.range, sent.fua);
     break;
   case Kind::flush:
-    in_use.cache.flush(storage);
+    client_->flush();
     break;
   }
   journal_.end(Side::client, number);
@@ -324,9 +314,9 @@ void record(std::uint64_t seed, Recorded& recorded) {
   Exports exports(settings, budget);
   writeback.start(setup.writers);
   Allocator allocator(unit, size);
-  std::vector<std::unique_ptr<Client>> clients;
+  std::vector<std::unique_ptr<Writer>> clients;
   for (unsigned i = 0; i < setup.clients; ++i)
-    clients.push_back(std::make_unique<Client>(exports, disk, setup.capabilities, recorded.journal,
+    clients.push_back(std::make_unique<Writer>(exports, disk, setup.capabilities, recorded.journal,
                                                allocator, random(), i == 0));
   const unsigned steps = 60 / setup.clients;
   if (clients.size() == 1) {
@@ -334,7 +324,7 @@ void record(std::uint64_t seed, Recorded& recorded) {
   } else {
     std::vector<std::jthread> threads;
     threads.reserve(clients.size());
-    for (const std::unique_ptr<Client>& client : clients)
+    for (const std::unique_ptr<Writer>& client : clients)
       threads.emplace_back([&client, steps] { client->run(steps); });
   }
   writeback.stop();

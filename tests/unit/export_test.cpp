@@ -90,19 +90,19 @@ private:
 };
 
 /// A client's connection to one export, which uses it from the start.
-class Client {
+class Visitor {
 public:
-  Client(Server& server, const std::string& name, const Capabilities& capabilities,
-         std::shared_ptr<MemoryDisk> disk, bool onlooker = false)
+  Visitor(Server& server, const std::string& name, const Capabilities& capabilities,
+          std::shared_ptr<MemoryDisk> disk, bool onlooker = false)
       : exports_(server.exports()), of_(exports_.visit(name)),
         owned_(std::make_unique<MemoryStorage>(capabilities, std::move(disk))), storage_(*owned_),
         handle_(std::make_shared<Handle>(std::move(owned_))) {
     if (!onlooker)
       enter(true);
   }
-  Client(const Client&) = delete;
-  Client& operator=(const Client&) = delete;
-  ~Client() { leave(); }
+  Visitor(const Visitor&) = delete;
+  Visitor& operator=(const Visitor&) = delete;
+  ~Visitor() { leave(); }
 
   /// Ends the connection as nbdkit does, but for writing what is left.
   void leave() {
@@ -182,8 +182,8 @@ std::string on(const MemoryDisk& disk, std::uint64_t offset, std::size_t size) {
 TEST_CASE("connections to multi-conn storage share a cache", "[export]") {
   Server server;
   const auto disk = new_disk();
-  Client writer(server, "a", shared(), disk);
-  Client reader(server, "a", shared(), disk);
+  Visitor writer(server, "a", shared(), disk);
+  Visitor reader(server, "a", shared(), disk);
   CHECK(&writer.cache() == &reader.cache());
   writer.write(100, "hello");
   CHECK(on(*disk, 100, 5) == "00000");
@@ -193,8 +193,8 @@ TEST_CASE("connections to multi-conn storage share a cache", "[export]") {
 TEST_CASE("a flush on one connection stores what another one wrote", "[export]") {
   Server server;
   const auto disk = new_disk();
-  Client writer(server, "a", shared(), disk);
-  Client other(server, "a", shared(), disk);
+  Visitor writer(server, "a", shared(), disk);
+  Visitor other(server, "a", shared(), disk);
   writer.write(100, "hello");
   CHECK(other.flush() == 0);
   CHECK(on(*disk, 100, 5) == "hello");
@@ -202,8 +202,8 @@ TEST_CASE("a flush on one connection stores what another one wrote", "[export]")
 
 TEST_CASE("exports of different names have nothing in common", "[export]") {
   Server server;
-  Client a(server, "a", shared(), new_disk());
-  Client b(server, "b", shared(), new_disk());
+  Visitor a(server, "a", shared(), new_disk());
+  Visitor b(server, "b", shared(), new_disk());
   CHECK(a.of() != b.of());
   CHECK(&a.cache() != &b.cache());
   a.write(100, "hello");
@@ -216,7 +216,7 @@ TEST_CASE("exports of different names have nothing in common", "[export]") {
 
 TEST_CASE("a name may be empty", "[export]") {
   Server server;
-  Client client(server, "", shared(), new_disk());
+  Visitor client(server, "", shared(), new_disk());
   client.write(0, "hello");
   CHECK(client.read(0, 5) == "hello");
 }
@@ -224,8 +224,8 @@ TEST_CASE("a name may be empty", "[export]") {
 TEST_CASE("connections to storage that is not multi-conn each have a disk of their own",
           "[export]") {
   Server server;
-  Client one(server, "disk", unshared(), new_disk());
-  Client two(server, "disk", unshared(), new_disk());
+  Visitor one(server, "disk", unshared(), new_disk());
+  Visitor two(server, "disk", unshared(), new_disk());
   CHECK(&one.cache() != &two.cache());
   CHECK(one.of() == two.of());
   one.write(100, "hello");
@@ -243,8 +243,8 @@ TEST_CASE("what one connection changes on a common disk, another one does not re
   const Capabilities first = GENERATE(shared(), unshared());
   Server server;
   const auto disk = new_disk();
-  Client remembers(server, "a", first, disk);
-  Client changes(server, "a", unshared(), disk);
+  Visitor remembers(server, "a", first, disk);
+  Visitor changes(server, "a", unshared(), disk);
   remembers.write(100, "hello");
   REQUIRE(remembers.flush() == 0);
 
@@ -262,8 +262,8 @@ TEST_CASE("what one connection has not stored yet stays when another one changes
           "[export]") {
   Server server;
   const auto disk = new_disk();
-  Client dirty(server, "a", unshared(), disk);
-  Client changes(server, "a", unshared(), disk);
+  Visitor dirty(server, "a", unshared(), disk);
+  Visitor changes(server, "a", unshared(), disk);
   dirty.write(100, "hello");
   changes.write(98, "abcdefghi", true);
   CHECK(dirty.read(98, 9) == "abhellohi");
@@ -277,8 +277,8 @@ TEST_CASE("a connection remembers what it wrote itself, though others may share 
   capabilities.can_extents = false;
   Server server;
   const auto disk = new_disk();
-  Client writer(server, "a", capabilities, disk);
-  const Client other(server, "a", capabilities, disk);
+  Visitor writer(server, "a", capabilities, disk);
+  const Visitor other(server, "a", capabilities, disk);
   writer.write(100, "hello");
   REQUIRE(writer.flush() == 0);
   const std::size_t reads = writer.storage().calls(MemoryStorage::Kind::read).size();
@@ -291,8 +291,8 @@ TEST_CASE("a connection remembers what it wrote itself, though others may share 
 TEST_CASE("connections that do not share a cache wait for each other's ranges", "[export]") {
   Server server;
   const auto disk = new_disk();
-  Client slow(server, "a", unshared(), disk);
-  Client waiting(server, "a", unshared(), disk);
+  Visitor slow(server, "a", unshared(), disk);
+  Visitor waiting(server, "a", unshared(), disk);
   std::latch reached(1);
   std::latch open(1);
   slow.storage().before = [&](const MemoryStorage::Call& call) {
@@ -320,13 +320,13 @@ TEST_CASE("when the last connection ends, what was learned goes with it", "[expo
   Server server;
   const auto disk = new_disk();
   {
-    Client before(server, "a", shared(), disk);
+    Visitor before(server, "a", shared(), disk);
     before.write(100, "hello");
     REQUIRE(before.flush() == 0);
   }
   CHECK(server.budget().used() == 0);
   disk->write(100, as_text::parse("OTHER"), true);
-  Client after(server, "a", shared(), disk);
+  Visitor after(server, "a", shared(), disk);
   CHECK(after.read(100, 5) == "OTHER");
   CHECK(server.losses().empty());
 }
@@ -334,9 +334,9 @@ TEST_CASE("when the last connection ends, what was learned goes with it", "[expo
 TEST_CASE("while another connection stays, what was learned stays", "[export]") {
   Server server;
   const auto disk = new_disk();
-  Client stays(server, "a", shared(), disk);
+  Visitor stays(server, "a", shared(), disk);
   {
-    Client leaves(server, "a", shared(), disk);
+    Visitor leaves(server, "a", shared(), disk);
     leaves.write(100, "hello");
   }
   CHECK(stays.read(100, 5) == "hello");
@@ -348,7 +348,7 @@ TEST_CASE("bytes that storage refused wait for the next connection", "[export]")
   Server server;
   const auto disk = new_disk();
   {
-    Client unlucky(server, "a", shared(), disk);
+    Visitor unlucky(server, "a", shared(), disk);
     unlucky.storage_refuses_writes();
     unlucky.write(100, "hello");
     CHECK(unlucky.flush() == ENOSPC);
@@ -356,7 +356,7 @@ TEST_CASE("bytes that storage refused wait for the next connection", "[export]")
   CHECK(server.losses().empty());
   CHECK(on(*disk, 100, 5) == "00000");
 
-  Client next(server, "a", shared(), disk);
+  Visitor next(server, "a", shared(), disk);
   CHECK(next.read(99, 7) == "0hello0");
   CHECK(next.flush() == 0);
   CHECK(on(*disk, 100, 5) == "hello");
@@ -372,7 +372,7 @@ TEST_CASE("beside bytes that storage refused nothing is remembered", "[export]")
   Server server;
   const auto disk = new_disk();
   {
-    Client unlucky(server, "a", shared(), disk);
+    Visitor unlucky(server, "a", shared(), disk);
     for (const std::uint64_t offset : clean) {
       unlucky.write(offset - 4096, "the disk is recognised by this");
       unlucky.write(offset, "known");
@@ -384,7 +384,7 @@ TEST_CASE("beside bytes that storage refused nothing is remembered", "[export]")
   }
   for (const std::uint64_t offset : clean)
     disk->write(offset, as_text::parse("OTHER"), true);
-  Client next(server, "a", shared(), disk);
+  Visitor next(server, "a", shared(), disk);
   for (const std::uint64_t offset : clean)
     CHECK(next.read(offset, 5) == "OTHER");
   CHECK(next.read(100, 5) == "hello");
@@ -395,12 +395,12 @@ TEST_CASE("bytes that storage refused are lost when the export comes back with a
   const std::uint64_t new_size = GENERATE(disk_size / 2, disk_size * 2);
   Server server;
   {
-    Client unlucky(server, "a", shared(), new_disk());
+    Visitor unlucky(server, "a", shared(), new_disk());
     unlucky.storage_refuses_writes();
     unlucky.write(100, "hello");
   }
   CHECK(server.losses().empty());
-  Client next(server, "a", shared(new_size), new_disk(new_size));
+  Visitor next(server, "a", shared(new_size), new_disk(new_size));
   CHECK(server.losses() == "a 5 bytes: 100-105\n");
   CHECK(next.cache().size() == new_size);
   CHECK(next.read(100, 5) == "00000");
@@ -410,8 +410,8 @@ TEST_CASE("bytes that storage refused are lost when the export comes back with a
 TEST_CASE("what a connection with a cache of its own could not store is lost, and reported",
           "[export]") {
   Server server;
-  Client unlucky(server, "disk", unshared(), new_disk());
-  Client other(server, "disk", unshared(), new_disk());
+  Visitor unlucky(server, "disk", unshared(), new_disk());
+  Visitor other(server, "disk", unshared(), new_disk());
   unlucky.storage_refuses_writes();
   unlucky.write(100, "hello");
   unlucky.write(200, "world!");
@@ -443,7 +443,7 @@ TEST_CASE("what storage never took is found by who comes back for it, and by the
   const bool shares = GENERATE(true, false);
   const auto disk = new_disk();
   {
-    Client unlucky(server, "a", shares ? shared() : unshared(), disk);
+    Visitor unlucky(server, "a", shares ? shared() : unshared(), disk);
     unlucky.write(100, "hello");
     CHECK(named());
     CHECK(unlucky.flush() == 0);
@@ -456,7 +456,7 @@ TEST_CASE("what storage never took is found by who comes back for it, and by the
   server.exports().report_left();
   CHECK(named());
   if (shares) {
-    Client next(server, "a", shared(disk_size), disk);
+    Visitor next(server, "a", shared(disk_size), disk);
     CHECK(next.flush() == 0);
     CHECK_FALSE(named());
   }
@@ -468,13 +468,13 @@ TEST_CASE("what was left of a disk that is gone is no loss of the new one", "[ex
   unclean.open();
   Server server(&unclean);
   {
-    Client unlucky(server, "a", shared(), new_disk());
+    Visitor unlucky(server, "a", shared(), new_disk());
     unlucky.write(100, "hello");
     CHECK(unlucky.flush() == 0);
     unlucky.storage_refuses_writes();
     unlucky.write(200, "world");
   }
-  Client next(server, "a", shared(), new_disk());
+  Visitor next(server, "a", shared(), new_disk());
   next.write(300, "new");
   CHECK(server.losses() == "a 5 bytes: 200-205\n");
   CHECK(next.flush() == 0);
@@ -485,12 +485,12 @@ TEST_CASE("what was left of a disk that is gone is no loss of the new one", "[ex
 TEST_CASE("what is left at the end of the server is reported, export by export", "[export]") {
   Server server;
   const auto leave_behind = [&](const std::string& name, std::string_view text) {
-    Client client(server, name, shared(), new_disk());
+    Visitor client(server, name, shared(), new_disk());
     client.write(100, text);
   };
   leave_behind("a", "hello");
   leave_behind("b", "hi");
-  Client stored(server, "c", shared(), new_disk());
+  Visitor stored(server, "c", shared(), new_disk());
   stored.write(0, "stored");
   REQUIRE(stored.flush() == 0);
   server.exports().report_left();
@@ -501,12 +501,12 @@ TEST_CASE("what connections ask for, do and lose is counted for their export", "
   Server server;
   const Capabilities capabilities = GENERATE(shared(), unshared());
   for (int i = 0; i < 3; ++i) {
-    Client client(server, "a", capabilities, new_disk());
+    Visitor client(server, "a", capabilities, new_disk());
     client.write(100, "hello");
     CHECK(client.flush() == 0);
   }
   {
-    Client client(server, "a", capabilities, new_disk());
+    Visitor client(server, "a", capabilities, new_disk());
     client.storage_refuses_writes();
     client.write(100, "gone");
     CHECK(client.flush() == ENOSPC);
@@ -524,12 +524,12 @@ TEST_CASE("what connections ask for, do and lose is counted for their export", "
 TEST_CASE("a shared cache is as large as its largest connection", "[export]") {
   Server server;
   const auto disk = new_disk(2 * disk_size);
-  Client small(server, "a", shared(), disk);
+  Visitor small(server, "a", shared(), disk);
   CHECK(small.cache().size() == disk_size);
   {
-    Client large(server, "a", shared(2 * disk_size), disk);
+    Visitor large(server, "a", shared(2 * disk_size), disk);
     CHECK(small.cache().size() == 2 * disk_size);
-    Client another(server, "a", shared(), disk);
+    Visitor another(server, "a", shared(), disk);
     CHECK(small.cache().size() == 2 * disk_size);
   }
   CHECK(small.cache().size() == disk_size);
@@ -538,11 +538,11 @@ TEST_CASE("a shared cache is as large as its largest connection", "[export]") {
 TEST_CASE("connections that share a cache do not care about the size of those that do not",
           "[export]") {
   Server server;
-  const Client own(server, "a", unshared(2 * disk_size), new_disk(2 * disk_size));
-  const Client sharing(server, "a", shared(), new_disk());
+  const Visitor own(server, "a", unshared(2 * disk_size), new_disk(2 * disk_size));
+  const Visitor sharing(server, "a", shared(), new_disk());
   CHECK(own.cache().size() == 2 * disk_size);
   CHECK(sharing.cache().size() == disk_size);
-  Client(server, "a", shared(disk_size / 2), new_disk()).leave();
+  Visitor(server, "a", shared(disk_size / 2), new_disk()).leave();
   CHECK(sharing.cache().size() == disk_size);
   CHECK(own.cache().size() == 2 * disk_size);
 }
@@ -550,8 +550,8 @@ TEST_CASE("connections that share a cache do not care about the size of those th
 TEST_CASE("an export lives as long as somebody is connected", "[export]") {
   Server server;
   const auto disk = new_disk();
-  Client first(server, "a", shared(), disk);
-  Client second(server, "a", shared(), disk);
+  Visitor first(server, "a", shared(), disk);
+  Visitor second(server, "a", shared(), disk);
   const std::weak_ptr<Export> watch = first.of();
   first.leave();
   REQUIRE_FALSE(watch.expired());
@@ -563,7 +563,7 @@ TEST_CASE("an export lives as long as somebody is connected", "[export]") {
 
 TEST_CASE("an export that nobody wrote to is gone with its connection", "[export]") {
   Server server;
-  Client client(server, "a", GENERATE(shared(), unshared()), new_disk());
+  Visitor client(server, "a", GENERATE(shared(), unshared()), new_disk());
   const std::weak_ptr<Export> watch = client.of();
   client.leave();
   CHECK(watch.expired());
@@ -573,9 +573,9 @@ TEST_CASE("an export that nobody wrote to is gone with its connection", "[export
 
 TEST_CASE("clean data of all exports is given back when memory is needed", "[export]") {
   Server server;
-  Client a(server, "a", shared(), new_disk());
-  Client b(server, "b", unshared(), new_disk());
-  for (Client* client : {&a, &b}) {
+  Visitor a(server, "a", shared(), new_disk());
+  Visitor b(server, "b", unshared(), new_disk());
+  for (Visitor* client : {&a, &b}) {
     client->write(100, "hello");
     REQUIRE(client->flush() == 0);
   }
@@ -589,7 +589,7 @@ TEST_CASE("clean data of all exports is given back when memory is needed", "[exp
 
 TEST_CASE("dirty data is not given back when memory is needed", "[export]") {
   Server server;
-  Client client(server, "a", shared(), new_disk());
+  Visitor client(server, "a", shared(), new_disk());
   client.write(100, "hello");
   CHECK_FALSE(server.budget().reclaim(1));
   CHECK(client.read(100, 5) == "hello");
@@ -600,8 +600,8 @@ TEST_CASE("a unit is written through the connection that wrote to it last, or wh
           "[export]") {
   Server server;
   const auto disk = new_disk();
-  Client first(server, "a", shared(), disk);
-  Client second(server, "a", shared(), disk, true);
+  Visitor first(server, "a", shared(), disk);
+  Visitor second(server, "a", shared(), disk, true);
   first.write(0, "hello");
   second.write(unit, "hello"); // it sees what the first one has stored
   const auto lent = [&](const WriteCache::Next& next) -> const qcowcache::Storage* {
@@ -625,12 +625,12 @@ TEST_CASE("a connection is lent only when its storage can take the unit", "[expo
   Capabilities read_only = odd;
   read_only.can_write = false;
   const auto disk = new_disk(odd.size);
-  Client writer(server, "a", odd, disk);
+  Visitor writer(server, "a", odd, disk);
   writer.write(0, "hello");
-  Client cannot_write(server, "a", read_only, disk);
+  Visitor cannot_write(server, "a", read_only, disk);
   writer.write(0, "hello");
-  Client too_small(server, "a", shared(), disk);
-  Client with_another_cache(
+  Visitor too_small(server, "a", shared(), disk);
+  Visitor with_another_cache(
       server, "a",
       [&] {
         Capabilities capabilities = odd;
@@ -656,13 +656,13 @@ TEST_CASE("a connection is lent only when its storage can take the unit", "[expo
 TEST_CASE("a guest is lent for nothing, whoever seems to have written last", "[export]") {
   Server server;
   const auto disk = new_disk();
-  Client writer(server, "a", shared(), disk);
+  Visitor writer(server, "a", shared(), disk);
   writer.write(0, "hello");
   REQUIRE(writer.flush() == 0);
-  Client guest(server, "a", shared(), disk, true);
+  Visitor guest(server, "a", shared(), disk, true);
   CHECK(guest.read(100, 5) == "00000");
   REQUIRE(guest.is_guest());
-  Client another(server, "a", shared(), disk, true); // who is alone is trusted
+  Visitor another(server, "a", shared(), disk, true); // who is alone is trusted
   CHECK(another.read(100, 5) == "00000");
   // Its storage may have been made where that of a connection was that has ended.
   const bool was_refused = GENERATE(true, false);
@@ -679,13 +679,13 @@ TEST_CASE("a guest is lent for nothing, whoever seems to have written last", "[e
 TEST_CASE("what may be the same disk is recognised though others have changed it", "[export]") {
   Server server;
   const auto disk = new_disk();
-  Client first(server, "a", shared(), disk);
+  Visitor first(server, "a", shared(), disk);
   first.write(100, "hello");
   REQUIRE(first.flush() == 0);
-  Client own(server, "a", unshared(), disk);
+  Visitor own(server, "a", unshared(), disk);
   own.write(102, "XY", true);
   first.write(5 * unit, "held"); // there is something to lose
-  Client second(server, "a", shared(), disk);
+  Visitor second(server, "a", shared(), disk);
   second.write(3 * unit, "mine");
   CHECK(first.read(3 * unit, 4) == "mine");
 }
@@ -702,7 +702,7 @@ TEST_CASE("clients that come and go at once find one export, and leave none behi
       threads.emplace_back([&, self] {
         all_there.arrive_and_wait();
         for (unsigned round = 0; round < 100; ++round) {
-          Client client(server, "a", self % 2 == 0 ? shared() : unshared(), disk);
+          Visitor client(server, "a", self % 2 == 0 ? shared() : unshared(), disk);
           // Side by side in one block.
           const std::string text = std::to_string(1000 + round);
           client.write(self * 4, text);

@@ -71,28 +71,28 @@ private:
 };
 
 /// A connection, which has not joined yet.
-class Client {
+class Candidate {
 public:
-  Client(const Bench& bench, std::shared_ptr<MemoryDisk> disk,
-         const Capabilities& capabilities = MemoryStorage::everything(disk_size))
+  Candidate(const Bench& bench, std::shared_ptr<MemoryDisk> disk,
+            const Capabilities& capabilities = MemoryStorage::everything(disk_size))
       : image_(bench.image()) {
     auto storage = std::make_unique<MemoryStorage>(capabilities, std::move(disk));
     storage_ = storage.get();
     handle_ = std::make_shared<Handle>(std::move(storage));
   }
-  Client(const Client&) = delete;
-  Client& operator=(const Client&) = delete;
-  ~Client() { leave(); }
+  Candidate(const Candidate&) = delete;
+  Candidate& operator=(const Candidate&) = delete;
+  ~Candidate() { leave(); }
 
   [[nodiscard]] Standing standing(const Image::Request& request) const {
     return image_.standing(*handle_, request);
   }
-  Client& joins() {
+  Candidate& joins() {
     image_.join(handle_);
     joined_ = true;
     return *this;
   }
-  Client& trusted() {
+  Candidate& trusted() {
     joins();
     image_.cache().trust(*storage_);
     return *this;
@@ -126,7 +126,7 @@ private:
 };
 
 /// Whom a unit of `writer` would be written through; nullptr: nobody.
-const Storage* lent(const Bench& bench, const Client& writer, bool was_refused = false) {
+const Storage* lent(const Bench& bench, const Candidate& writer, bool was_refused = false) {
   const auto use = bench.image().lend(
       {static_cast<const Storage*>(&writer.storage()), {0, unit}, unit, was_refused});
   return use ? &use->storage() : nullptr;
@@ -136,7 +136,7 @@ const Storage* lent(const Bench& bench, const Client& writer, bool was_refused =
 
 TEST_CASE("who comes to an image that nobody uses founds it", "[image]") {
   const Bench bench;
-  const Client first(bench, new_disk());
+  const Candidate first(bench, new_disk());
   CHECK(first.standing(GENERATE(writes, reads, flushes)) == Standing::founder);
   CHECK(first.storage().calls().empty());
 }
@@ -144,8 +144,8 @@ TEST_CASE("who comes to an image that nobody uses founds it", "[image]") {
 TEST_CASE("who sees what others wrote after it came is trusted", "[image]") {
   const Bench bench;
   const auto disk = new_disk();
-  Client writer(bench, disk);
-  const Client newcomer(bench, disk);
+  Candidate writer(bench, disk);
+  const Candidate newcomer(bench, disk);
   writer.trusted().write(3 * unit, pattern(5000, 1));
   writer.flush();
   const Image::Request request = GENERATE(writes, reads, flushes);
@@ -157,13 +157,13 @@ TEST_CASE("who sees what others wrote after it came is trusted", "[image]") {
 TEST_CASE("who does not see what others wrote is a stranger", "[image]") {
   const Bench bench;
   const auto disk = new_disk();
-  Client writer(bench, disk);
+  Candidate writer(bench, disk);
   writer.trusted().write(3 * unit, pattern(5000, 1));
   writer.flush();
   const auto leave_something_to_lose = [&] { writer.write(5 * unit, pattern(100, 9)); };
   SECTION("on an empty disk") {
     leave_something_to_lose();
-    const Client newcomer(bench, new_disk());
+    const Candidate newcomer(bench, new_disk());
     CHECK(newcomer.standing(GENERATE(writes, reads, flushes)) == Standing::stranger);
   }
   SECTION("on a copy of what was there before") {
@@ -171,14 +171,14 @@ TEST_CASE("who does not see what others wrote is a stranger", "[image]") {
     writer.write(7 * unit, pattern(5000, 2));
     writer.flush();
     leave_something_to_lose();
-    const Client newcomer(bench, copy);
+    const Candidate newcomer(bench, copy);
     CHECK(newcomer.standing(GENERATE(writes, reads, flushes)) == Standing::stranger);
   }
   SECTION("when only one byte differs") {
     const auto copy = copy_of(*disk);
     copy->write(3 * unit + Witnesses::largest_block - 1, pattern(1, 77), true);
     leave_something_to_lose();
-    const Client newcomer(bench, copy);
+    const Candidate newcomer(bench, copy);
     CHECK(newcomer.standing(GENERATE(writes, reads, flushes)) == Standing::stranger);
   }
 }
@@ -187,17 +187,17 @@ TEST_CASE("a disk that looks the same is not taken for the same as long as it ne
           "[image]") {
   const Bench bench;
   const auto disk = new_disk();
-  Client writer(bench, disk);
+  Candidate writer(bench, disk);
   writer.trusted().write(3 * unit, pattern(5000, 1));
   writer.flush();
-  const Client copied(bench, copy_of(*disk)); // it might also be the disk itself
+  const Candidate copied(bench, copy_of(*disk)); // it might also be the disk itself
   CHECK(copied.standing(reads) == Standing::guest);
   CHECK(copied.standing(writes) == Standing::founder);
 
   // What is not on storage has to be put there first: then the two differ, if they are two.
   writer.write(9 * unit, pattern(5000, 2));
   writer.storage().forget_calls();
-  const Client same(bench, disk);
+  const Candidate same(bench, disk);
   writer.write(10 * unit, pattern(5000, 3));
   CHECK(copied.standing(reads) == Standing::guest); // of what is on storage
   CHECK(copied.standing(writes) == Standing::stranger);
@@ -212,7 +212,7 @@ TEST_CASE("what is left needs somebody who sees what was written before, and as 
   const auto disk = new_disk();
   const auto before = copy_of(*disk);
   {
-    Client unlucky(bench, disk);
+    Candidate unlucky(bench, disk);
     unlucky.trusted().write(3 * unit, pattern(5000, 1));
     unlucky.flush();
     unlucky.refuses_writes();
@@ -220,9 +220,9 @@ TEST_CASE("what is left needs somebody who sees what was written before, and as 
     CHECK_THROWS_AS(unlucky.flush(), std::system_error);
   }
   const Image::Request request = GENERATE(writes, reads, flushes);
-  CHECK(Client(bench, before).standing(request) == Standing::stranger);
-  CHECK(Client(bench, disk).standing(request) == Standing::trusted);
-  CHECK(Client(bench, disk, MemoryStorage::everything(disk_size - 4096)).standing(request) ==
+  CHECK(Candidate(bench, before).standing(request) == Standing::stranger);
+  CHECK(Candidate(bench, disk).standing(request) == Standing::trusted);
+  CHECK(Candidate(bench, disk, MemoryStorage::everything(disk_size - 4096)).standing(request) ==
         Standing::stranger);
   CHECK(bench.lost.empty());
   bench.image().report_lost();
@@ -234,24 +234,24 @@ TEST_CASE("how a disk begins is not enough for what is left of one of another si
   const auto disk = new_disk(2 * disk_size);
   disk->write(0, pattern(4096, 1), true);
   {
-    Client unlucky(bench, disk);
+    Candidate unlucky(bench, disk);
     unlucky.trusted().refuses_writes();
     unlucky.write(20 * unit, pattern(100, 2));
     CHECK(bench.cache().drain(unlucky.storage()) == std::errc::no_space_on_device);
   }
   const Image::Request request = GENERATE(writes, reads, flushes);
-  CHECK(Client(bench, disk).standing(request) == Standing::trusted);
-  CHECK(Client(bench, disk, MemoryStorage::everything(2 * disk_size)).standing(request) ==
+  CHECK(Candidate(bench, disk).standing(request) == Standing::trusted);
+  CHECK(Candidate(bench, disk, MemoryStorage::everything(2 * disk_size)).standing(request) ==
         Standing::stranger);
 }
 
 TEST_CASE("beside bytes that nobody can store there is nothing more to compare", "[image]") {
   const Bench bench;
   const auto disk = new_disk();
-  Client unlucky(bench, disk);
+  Candidate unlucky(bench, disk);
   unlucky.trusted().refuses_writes();
   unlucky.write(20 * unit, pattern(100, 2));
-  const Client newcomer(bench, disk);
+  const Candidate newcomer(bench, disk);
   CHECK(newcomer.standing(writes) == Standing::trusted);
   CHECK(newcomer.storage().calls(Kind::write).empty());
 }
@@ -259,11 +259,11 @@ TEST_CASE("beside bytes that nobody can store there is nothing more to compare",
 TEST_CASE("a connection that cannot be compared gets storage's error", "[image]") {
   const Bench bench;
   const auto disk = new_disk();
-  Client writer(bench, disk);
+  Candidate writer(bench, disk);
   writer.trusted().write(3 * unit, pattern(5000, 1));
   writer.flush();
   writer.write(3 * unit, pattern(100, 2));
-  const Client newcomer(bench, disk);
+  const Candidate newcomer(bench, disk);
   newcomer.storage().before = [](const MemoryStorage::Call& call) {
     if (call.kind == Kind::read)
       throw std::system_error(ENOMEDIUM, std::generic_category(), "refused");
@@ -273,7 +273,7 @@ TEST_CASE("a connection that cannot be compared gets storage's error", "[image]"
 
 TEST_CASE("a connection that has ended is nobody's founder", "[image]") {
   const Bench bench;
-  Client client(bench, new_disk());
+  Candidate client(bench, new_disk());
   client.leave();
   CHECK(client.standing(flushes) == Standing::guest);
   CHECK(client.storage().calls().empty());
@@ -282,9 +282,9 @@ TEST_CASE("a connection that has ended is nobody's founder", "[image]") {
 TEST_CASE("others' units are never written through a guest", "[image]") {
   const Bench bench;
   const auto disk = new_disk();
-  Client writer(bench, disk);
-  Client guest(bench, disk);
-  Client other(bench, disk);
+  Candidate writer(bench, disk);
+  Candidate guest(bench, disk);
+  Candidate other(bench, disk);
   guest.joins();
   writer.trusted();
   CHECK(guest.handle().is_guest());
@@ -307,10 +307,10 @@ TEST_CASE("where locks are the connection's own nobody's storage is lent for a c
   settings.lend = false;
   const Bench bench(settings);
   const auto disk = new_disk();
-  Client writer(bench, disk);
+  Candidate writer(bench, disk);
   writer.trusted().write(3 * unit, pattern(5000, 1));
   writer.storage().forget_calls();
-  const Client newcomer(bench, disk);
+  const Candidate newcomer(bench, disk);
   CHECK(newcomer.standing(writes) == Standing::trusted);
   CHECK(writer.storage().calls().empty());
 }
@@ -318,8 +318,8 @@ TEST_CASE("where locks are the connection's own nobody's storage is lent for a c
 TEST_CASE("an image is as large as its largest user, and keeps what lies behind", "[image]") {
   const Bench bench;
   const auto disk = new_disk();
-  Client large(bench, disk);
-  Client small(bench, disk, MemoryStorage::everything(8 * unit));
+  Candidate large(bench, disk);
+  Candidate small(bench, disk, MemoryStorage::everything(8 * unit));
   small.trusted();
   CHECK(bench.cache().size() == 8 * unit);
   CHECK(bench.image().is_used());
@@ -338,8 +338,8 @@ TEST_CASE("an image is as large as its largest user, and keeps what lies behind"
 TEST_CASE("with the last user goes what was learned, and with one of them nothing", "[image]") {
   Bench bench;
   const auto disk = new_disk();
-  Client first(bench, disk);
-  Client second(bench, disk);
+  Candidate first(bench, disk);
+  Candidate second(bench, disk);
   first.trusted();
   second.trusted();
   first.write(3 * unit, pattern(100, 1));
@@ -355,7 +355,7 @@ TEST_CASE("with the last user goes what was learned, and with one of them nothin
 TEST_CASE("others hear of each change of storage, and what was not lost is not reported",
           "[image]") {
   Bench bench;
-  Client client(bench, new_disk());
+  Candidate client(bench, new_disk());
   client.trusted().write(3 * unit, pattern(4096, 1));
   CHECK(bench.changed.empty());
   client.flush();

@@ -70,15 +70,17 @@ class Client {
 public:
   using Hook = std::function<void(const MemoryStorage::Call&)>;
 
-  /// `before` and `after` as in `MemoryStorage`.
-  Client(Serving& serving, const std::string& name, const std::shared_ptr<MemoryDisk>& disk,
-         const qcowcache::Capabilities& capabilities, Hook before = {}, Hook after = {})
-      : connection_(serving.exports(), name) {
-    auto storage = std::make_unique<MemoryStorage>(capabilities, disk);
-    storage->before = std::move(before);
-    storage->after = std::move(after);
-    storage_ = storage.get();
+  Client(qcowcache::Exports& exports, const std::string& name,
+         std::unique_ptr<MemoryStorage> storage)
+      : storage_(storage.get()), connection_(exports, name) {
     connection_.begin(std::move(storage));
+  }
+  /// `before` as in `MemoryStorage`.
+  Client(Serving& serving, const std::string& name, std::shared_ptr<MemoryDisk> disk,
+         const qcowcache::Capabilities& capabilities, Hook before = {})
+      : Client(serving.exports(), name,
+               std::make_unique<MemoryStorage>(capabilities, std::move(disk))) {
+    storage_->before = std::move(before);
   }
   Client(const Client&) = delete;
   Client& operator=(const Client&) = delete;
@@ -124,6 +126,6 @@ public:
   [[nodiscard]] qcowcache::Connection& connection() { return connection_; }
 
 private:
-  MemoryStorage* storage_ = nullptr;
+  MemoryStorage* storage_;
   qcowcache::Connection connection_;
 };

@@ -3,14 +3,12 @@
 #include "catch.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
-#include "sanitized.hpp"
 #include "watched_thread.hpp"
 
 #include <algorithm>
 #include <atomic>
 #include <future>
 #include <latch>
-#include <random>
 #include <semaphore>
 #include <thread>
 
@@ -1901,115 +1899,6 @@ TEST_CASE("a header that changes while others write leaves every byte right", "[
   }
   done = true;
 }
-
-// Under a sanitizer each takes many times as long.
-constexpr unsigned random_seeds = sanitized ? 6 : 24;
-
-TEST_CASE("random requests behave like an array of bytes", "[write_cache]") {
-  const unsigned seed = GENERATE(range(0U, random_seeds));
-  INFO("seed " << seed);
-  std::mt19937 random(seed);
-  constexpr std::uint64_t size = 12 * unit + 777;
-  Capabilities capabilities = MemoryStorage::everything(size);
-  capabilities.can_extents = seed % 2 == 0;
-  Bench bench(capabilities, (4 + seed % 3) * (unit + 8192));
-  bench.with_header(seed % 3 == 0 ? 12 : 16);
-  std::vector<std::byte> model = bench.storage.disk().now();
-  for (unsigned i = 0; i < 1500; ++i) {
-    const std::uint64_t offset = 512 + random() % (size - 512);
-    const std::size_t most = random() % 20 == 0 ? 3 * unit : 3000;
-    const std::size_t count = std::min<std::uint64_t>(1 + random() % most, size - offset);
-    const ByteRange range{offset, offset + count};
-    const auto where = model.begin() + static_cast<std::ptrdiff_t>(offset);
-    switch (random() % 12) {
-    case 0:
-      bench.cache->zero(bench.storage, range, {});
-      std::fill_n(where, count, std::byte{0});
-      break;
-    case 1:
-      bench.cache->trim(bench.storage, range, false);
-      std::fill_n(where, count, std::byte{0});
-      break;
-    case 2:
-    case 3:
-      REQUIRE(bench.read(offset, count) ==
-              std::vector<std::byte>(where, where + static_cast<std::ptrdiff_t>(count)));
-      break;
-    case 4:
-      bench.cache->flush(bench.storage);
-      REQUIRE(bench.storage.disk().durable() == model);
-      break;
-    default: {
-      const auto data = pattern(count, i);
-      bench.write(offset, data, random() % 10 == 0);
-      std::ranges::copy(data, where);
-      break;
-    }
-    }
-    REQUIRE(bench.budget.used() <= bench.budget.limit());
-  }
-  REQUIRE(bench.read(0, size) == model);
-  bench.cache->flush(bench.storage);
-  CHECK(bench.storage.disk().durable() == model);
-  CHECK(bench.storage.violations().empty());
-}
-
-TEST_CASE("threads that share every block lose nothing", "[write_cache]") {
-  // Each thread owns every n-th 64-byte stripe, so that blocks and units are shared by all, and
-  // checks its own bytes.
-  constexpr std::size_t threads = 6;
-  constexpr std::uint64_t stripe = 64;
-  constexpr std::uint64_t size = 6 * unit + 333;
-  Capabilities capabilities = MemoryStorage::everything(size);
-  capabilities.can_extents = GENERATE(true, false);
-  Bench bench(capabilities, 4 * (unit + 8192));
-  bench.with_header();
-  std::vector<std::byte> model = bench.storage.disk().now();
-  std::atomic<unsigned> wrong = 0;
-  std::vector<std::jthread> workers;
-  for (std::size_t thread = 0; thread < threads; ++thread) {
-    workers.emplace_back([&, thread] {
-      std::mt19937 random(static_cast<unsigned>(thread));
-      for (unsigned i = 0; i < 3000; ++i) {
-        const std::uint64_t stripes = (size - 512) / (stripe * threads);
-        const std::uint64_t begin =
-            512 + (random() % stripes * threads + thread) * stripe + random() % stripe;
-        const std::uint64_t end = align_down(begin, stripe) + stripe;
-        const ByteRange range{begin, std::min<std::uint64_t>(end, begin + 1 + random() % stripe)};
-        const auto where = model.begin() + static_cast<std::ptrdiff_t>(range.begin);
-        switch (random() % 16) {
-        case 0:
-          bench.cache->zero(bench.storage, range, {});
-          std::fill_n(where, range.size(), std::byte{0});
-          break;
-        case 1:
-          bench.cache->flush(bench.storage);
-          break;
-        case 2:
-        case 3:
-        case 4:
-          if (bench.read(range.begin, range.size()) !=
-              std::vector<std::byte>(where, where + static_cast<std::ptrdiff_t>(range.size())))
-            ++wrong;
-          break;
-        default: {
-          const auto data = pattern(range.size(), i + static_cast<unsigned>(thread) * 10007);
-          bench.write(range.begin, data, random() % 8 == 0);
-          std::ranges::copy(data, where);
-          break;
-        }
-        }
-      }
-    });
-  }
-  workers.clear();
-  CHECK(wrong == 0);
-  REQUIRE(bench.read(0, size) == model);
-  bench.cache->flush(bench.storage);
-  CHECK(bench.storage.disk().durable() == model);
-  CHECK(bench.storage.violations().empty());
-}
-
 TEST_CASE("with a cluster size that was asked for, a write that is held asks for nothing",
           "[write_cache]") {
   unsigned asked = 0;
