@@ -13,7 +13,6 @@
 #include <algorithm>
 #include <atomic>
 #include <latch>
-#include <random>
 #include <thread>
 
 using namespace qcowcache;
@@ -644,63 +643,6 @@ TEST_CASE("partial units that nobody comes back to are written in the background
                 });
   client.write(unit, pattern(100, 1));
   written.wait(); // no flush, no further write: time alone does it
-}
-
-TEST_CASE("many clients of several exports come, write, and go", "[connection]") {
-  const unsigned writers = GENERATE(0U, 1U, 4U);
-  const bool multi_conn = GENERATE(true, false);
-  Serving serving(10 * (unit + 8192), writers);
-  constexpr std::size_t clients = 6;
-  constexpr std::size_t exports = 3;
-  constexpr std::uint64_t size = 8 * unit + 100;
-  constexpr std::uint64_t stripe = 100;
-  Capabilities capabilities = MemoryStorage::everything(size);
-  capabilities.can_multi_conn = multi_conn;
-  std::vector<std::shared_ptr<MemoryDisk>> disks;
-  std::vector<std::vector<std::byte>> models;
-  for (std::size_t i = 0; i < exports; ++i) {
-    disks.push_back(image(size));
-    models.push_back(disks.back()->now());
-  }
-  std::atomic<unsigned> wrong = 0;
-  std::atomic<unsigned> violations = 0;
-  std::vector<std::jthread> threads;
-  for (std::size_t id = 0; id < clients; ++id) {
-    threads.emplace_back([&, id] {
-      std::mt19937 random(static_cast<unsigned>(id) + writers * 100);
-      for (unsigned life = 0; life < 12; ++life) {
-        const std::size_t of = random() % exports;
-        Client client(serving, std::to_string(of), disks[of], capabilities);
-        for (unsigned i = 0; i < 150; ++i) {
-          const std::uint64_t slots = (size - 512) / (stripe * clients);
-          const std::uint64_t begin = 512 + (random() % slots * clients + id) * stripe;
-          const std::size_t length = 1 + random() % stripe;
-          const auto where = models[of].begin() + static_cast<std::ptrdiff_t>(begin);
-          const auto action = random() % 12;
-          if (action == 0) {
-            client.flush();
-          } else if (action < 4) {
-            const std::vector<std::byte> expected(where,
-                                                  where + static_cast<std::ptrdiff_t>(length));
-            wrong += client.read(begin, length) == expected ? 0 : 1;
-          } else {
-            const auto data = pattern(length, static_cast<unsigned>(random() % 100000));
-            client.write(begin, data, action == 11);
-            std::ranges::copy(data, where);
-          }
-        }
-        client.leave();
-        violations += static_cast<unsigned>(client.storage().violations().size());
-      }
-    });
-  }
-  threads.clear();
-  CHECK(wrong == 0);
-  CHECK(violations == 0);
-  for (std::size_t i = 0; i < exports; ++i)
-    CHECK(disks[i]->now() == models[i]);
-  CHECK(serving.lost == 0);
-  CHECK(serving.budget().used() == 0);
 }
 
 TEST_CASE("a request that is busy with an image that its connection has left is a guest's there",

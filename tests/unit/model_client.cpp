@@ -88,11 +88,11 @@ void ModelClient::for_each_own(const ByteRange& range, Visit visit) const {
     visit_part({std::max(begin, ModelStripes::header_end), begin + width});
 }
 
-void ModelClient::connect(Exports& exports, std::unique_ptr<MemoryStorage> storage,
-                          ModelView& view) {
+void ModelClient::connect(Exports& exports, std::unique_ptr<MemoryStorage> storage, ModelView& view,
+                          const std::string& name) {
   view_ = &view;
   storage_ = storage.get();
-  connection_ = std::make_unique<Connection>(exports, "export");
+  connection_ = std::make_unique<Connection>(exports, name);
   connection_->begin(std::move(storage));
 }
 

@@ -73,8 +73,8 @@ public:
       : referee_(referee), number_(number), stripes_(stripes) {}
 
   /// The exports and the view outlive the connection.
-  void connect(qcowcache::Exports& exports, std::unique_ptr<MemoryStorage> storage,
-               ModelView& view);
+  void connect(qcowcache::Exports& exports, std::unique_ptr<MemoryStorage> storage, ModelView& view,
+               const std::string& name = "export");
   /// `properly`: with all that nbdkit does then.
   void disconnect(bool properly = true);
 

@@ -1,5 +1,6 @@
 // Threads that write, zero, trim, flush and read at once, each bytes of its own that lie between
-// those of the others in the same blocks and units, over storage that now and then refuses.
+// those of the others in the same blocks and units: in one export, over storage that now and then
+// refuses; or in several, whose last connection may end at any time.
 //
 //   QCOWCACHE_MODEL_SEED=N     another seed (1); the threads' requests follow from it, not their
 //                              order
@@ -18,6 +19,7 @@
 #include <deque>
 #include <latch>
 #include <mutex>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
@@ -41,40 +43,53 @@ struct Case {
   ModelSetup setup;
   unsigned background_writers;
   bool multi_conn;
+  std::size_t exports;
   std::uint64_t seed;
 
   [[nodiscard]] std::string text() const {
-    return std::to_string(background_writers) + " writers, " +
-           (multi_conn ? "one cache, " : "a cache each, ") +
+    return std::to_string(background_writers) + " writers, " + std::to_string(exports) +
+           " exports, " + (multi_conn ? "one cache, " : "a cache each, ") +
            "QCOWCACHE_MODEL_SEED=" + std::to_string(seed) + "\n" + to_text({setup, {}});
   }
 };
 
-/// The server, its one disk, and what went wrong so far.
+/// The server, its disks, one for each export, and what went wrong so far.
 class World final : public ModelReferee {
 public:
   explicit World(const Case& chosen)
-      : chosen_(chosen), budget_(chosen.setup.memory), exports_(settings(), budget_),
-        disk_(std::make_shared<MemoryDisk>(chosen.setup.size)) {
-    disk_->write(0, qcow2_header(16), true);
+      : chosen_(chosen), refusing_(chosen.exports == 1), budget_(chosen.setup.memory),
+        exports_(settings(), budget_) {
+    for (std::size_t i = 0; i < chosen.exports; ++i) {
+      disks_.push_back(std::make_shared<MemoryDisk>(chosen.setup.size));
+      disks_.back()->write(0, qcow2_header(16), true);
+    }
     writeback_.start(chosen.background_writers);
   }
   World(const World&) = delete;
   World& operator=(const World&) = delete;
   ~World() override { writeback_.stop(); }
+  /// Returns what went wrong first; nothing: all is well. REQUIRES: all clients have left.
+  std::string end() {
+    writeback_.stop();
+    exports_.report_left();
+    if (budget_.used() > 0)
+      breaks("memory is still in use at the end");
+    return first_wrong();
+  }
 
   [[nodiscard]] const ModelSetup& setup() const { return chosen_.setup; }
-  [[nodiscard]] bool multi_conn() const { return chosen_.multi_conn; }
+  /// Nothing is lost when a connection ends: somebody else stays, or storage refuses nothing.
+  [[nodiscard]] bool may_leave() const { return chosen_.multi_conn || chosen_.exports > 1; }
   [[nodiscard]] Exports& exports() { return exports_; }
   [[nodiscard]] MemoryBudget& budget() { return budget_; }
-  [[nodiscard]] const std::shared_ptr<MemoryDisk>& disk() const { return disk_; }
+  [[nodiscard]] const std::vector<std::shared_ptr<MemoryDisk>>& disks() const { return disks_; }
 
-  std::unique_ptr<MemoryStorage> make_storage() {
+  std::unique_ptr<MemoryStorage> make_storage(const std::shared_ptr<MemoryDisk>& disk) {
     Capabilities capabilities = MemoryStorage::everything(setup().size);
-    capabilities.can_multi_conn = multi_conn();
+    capabilities.can_multi_conn = chosen_.multi_conn;
     capabilities.minimum = static_cast<std::uint32_t>(setup().minimum);
     capabilities.can_extents = setup().can_extents;
-    auto storage = std::make_unique<MemoryStorage>(capabilities, disk_);
+    auto storage = std::make_unique<MemoryStorage>(capabilities, disk);
     storage->before = [this](const MemoryStorage::Call& /*call*/) { before_call(); };
     return storage;
   }
@@ -120,22 +135,23 @@ private:
 
   const Case chosen_;
   std::atomic<std::uint64_t> calls_ = 0;
-  std::atomic<bool> refusing_ = true;
+  std::atomic<bool> refusing_;
   mutable std::mutex mutex_;
   std::vector<std::string> wrong_;
   MemoryBudget budget_;
   Writeback writeback_;
   Exports exports_;
-  std::shared_ptr<MemoryDisk> disk_;
+  std::vector<std::shared_ptr<MemoryDisk>> disks_;
 };
 
 /// A client with a thread of its own. What it owns only it changes, so it knows what is there.
 class ThreadClient {
 public:
   ThreadClient(World& world, std::uint64_t number)
-      : world_(world), view_{world.disk(), ModelBytes(world.disk()->now())},
-        client_(world, number, {world.setup().stripe, writers_to_storage, true}) {
-    connect();
+      : world_(world), client_(world, number, {world.setup().stripe, writers_to_storage, true}) {
+    for (const std::shared_ptr<MemoryDisk>& disk : world.disks())
+      views_.push_back({disk, ModelBytes(disk->now())});
+    connect(number);
   }
 
   void work(const std::vector<ModelStep>& steps) {
@@ -146,25 +162,36 @@ public:
         world_.budget().set_limit(std::min<std::size_t>(step.length, world_.setup().memory));
       else if (step.kind != StepKind::disconnect)
         client_.carry_out(step);
-      else if (world_.multi_conn()) {
-        leave(); // somebody else stays, so nothing can be lost
-        connect();
+      else if (world_.may_leave()) {
+        leave();
+        connect(export_ + 1);
       }
     }
   }
   void finish() {
-    client_.read({0, world_.setup().size});
-    client_.flush();
-    client_.check_stored("stored", {0, world_.setup().size}, false);
-    leave();
+    for (std::size_t i = 0; i < views_.size(); ++i) {
+      client_.read({0, world_.setup().size});
+      client_.flush();
+      client_.check_stored("stored", {0, world_.setup().size}, false);
+      leave();
+      if (i + 1 < views_.size())
+        connect(export_ + 1);
+    }
   }
   void leave() { client_.disconnect(); }
 
 private:
-  void connect() { client_.connect(world_.exports(), world_.make_storage(), view_); }
+  void connect(std::size_t number) {
+    export_ = number % views_.size();
+    ModelView& view = views_[export_];
+    client_.connect(world_.exports(), world_.make_storage(view.disk), view,
+                    std::to_string(export_));
+  }
 
   World& world_;
-  ModelView view_;
+  /// Of each export.
+  std::vector<ModelView> views_;
+  std::size_t export_ = 0;
   ModelClient client_;
 };
 
@@ -180,7 +207,9 @@ std::string run_threads(const Case& chosen) {
     for (std::uint64_t i = 0; i < writers_to_storage; ++i)
       clients.emplace_back(world, i);
     // Owns nothing, and stays when the others come and go.
-    ThreadClient spectator(world, writers_to_storage);
+    std::optional<ThreadClient> spectator;
+    if (chosen.exports == 1)
+      spectator.emplace(world, writers_to_storage);
     {
       std::latch all_there(static_cast<std::ptrdiff_t>(clients.size()));
       std::vector<std::jthread> threads;
@@ -194,10 +223,10 @@ std::string run_threads(const Case& chosen) {
     world.heal();
     for (ThreadClient& client : clients)
       client.finish();
-    spectator.leave();
+    if (spectator)
+      spectator->leave();
   }
-  world.exports().report_left();
-  return world.first_wrong();
+  return world.end();
 }
 
 } // namespace
@@ -210,12 +239,12 @@ TEST_CASE("threads that write between each other's bytes find and store their ow
     std::mt19937_64 random(seed);
     for (const unsigned background_writers : {0U, 1U, 4U, 16U}) {
       for (const bool multi_conn : {true, false}) {
-        for (const std::size_t memory : {std::size_t{3} * unit, std::size_t{64} * unit}) {
-          Case chosen{{}, background_writers, multi_conn, seed};
+        for (const std::size_t units : {3U, 64U, 10U}) {
+          Case chosen{{}, background_writers, multi_conn, units == 10 ? 3U : 1U, seed};
           ModelSetup& setup = chosen.setup;
           setup.sharing = Sharing::disk;
           setup.connections = writers_to_storage;
-          setup.memory = memory;
+          setup.memory = units * unit;
           setup.minimum = random() % 2 == 0 ? 1 : 4096;
           setup.size = align_down(disk_size, setup.minimum);
           setup.can_extents = random() % 2 == 0;

@@ -252,20 +252,6 @@ TEST_CASE("the last bytes of an odd-sized export", "[write_cache]") {
   CHECK(bench.storage.calls(Kind::write)[0].range == ByteRange{begin, size});
 }
 
-TEST_CASE("a write over earlier dirty bytes wins", "[write_cache]") {
-  Bench bench;
-  bench.with_header();
-  const auto first = pattern(8000, 1);
-  auto expected = first;
-  const auto second = pattern(3000, 2);
-  std::ranges::copy(second, expected.begin() + 2000);
-  bench.write(3 * unit + 10, first);
-  bench.write(3 * unit + 2010, second);
-  CHECK(bench.read(3 * unit + 10, 8000) == expected);
-  bench.cache->flush(bench.storage);
-  CHECK(bench.on_disk(3 * unit + 10, 8000) == expected);
-}
-
 TEST_CASE("a client that writes to a unit that is being written does not wait", "[write_cache]") {
   Bench bench;
   bench.with_header();
@@ -1056,20 +1042,6 @@ TEST_CASE("FUA is durable when it is acknowledged", "[write_cache]") {
   CHECK(bench.on_disk(unit + 200, 3000) == data);
 }
 
-TEST_CASE("a large FUA write with ragged ends", "[write_cache]") {
-  Bench bench;
-  bench.with_header();
-  const auto old = pattern(disk_size - unit, 7);
-  bench.write(unit, old);
-  bench.cache->flush(bench.storage);
-  const auto data = pattern(40 * unit, 8);
-  bench.write(2 * unit + 77, data, true);
-  auto expected = old;
-  std::ranges::copy(data, expected.begin() + unit + 77);
-  CHECK(bench.on_disk(unit, expected.size()) == expected);
-  CHECK(bench.read(unit, expected.size()) == expected);
-}
-
 TEST_CASE("zero drops what is cached only after storage has said yes", "[write_cache]") {
   Bench bench;
   bench.with_header();
@@ -1120,49 +1092,6 @@ TEST_CASE("a fast zero that cannot be one request changes nothing", "[write_cach
   CHECK(bench.read(unit, 3000) == data);
   bench.cache->zero(bench.storage, {unit, unit + 1024}, fast);
   CHECK(bench.storage.calls(Kind::zero).size() == 1);
-}
-
-TEST_CASE("requests fit storage's block sizes", "[write_cache]") {
-  constexpr std::uint64_t size_of_all = 8 * unit;
-  Capabilities capabilities = MemoryStorage::everything(size_of_all);
-  capabilities.minimum = GENERATE(512U, 4096U, 65536U);
-  capabilities.maximum = GENERATE(65536U, 196608U, UINT32_MAX);
-  const bool header = GENERATE(true, false);
-  Bench bench(capabilities);
-  if (header)
-    bench.with_header();
-  std::vector<std::byte> model = bench.storage.disk().now();
-  std::mt19937 random(1);
-  for (unsigned i = 0; i < 200; ++i) {
-    const std::uint64_t offset = unit + random() % (size_of_all - unit - 70000);
-    const std::size_t size = 1 + random() % (random() % 10 == 0 ? 70000 : 5000);
-    const auto where = model.begin() + static_cast<std::ptrdiff_t>(offset);
-    switch (random() % 8) {
-    case 0:
-      bench.cache->zero(bench.storage, {offset, offset + size}, {});
-      std::fill_n(where, size, std::byte{0});
-      break;
-    case 1:
-      REQUIRE(bench.read(offset, size) ==
-              std::vector<std::byte>(where, where + static_cast<std::ptrdiff_t>(size)));
-      break;
-    case 2:
-      bench.cache->flush(bench.storage);
-      break;
-    case 3:
-      CHECK_FALSE(bench.cache->extents(bench.storage, {offset, offset + size}, false).empty());
-      break;
-    default: {
-      const auto data = pattern(size, i);
-      bench.write(offset, data, random() % 5 == 0);
-      std::ranges::copy(data, where);
-      break;
-    }
-    }
-  }
-  bench.cache->flush(bench.storage);
-  CHECK(bench.storage.disk().now() == model);
-  CHECK(bench.storage.violations().empty());
 }
 
 TEST_CASE("extents show what only the cache has as data", "[write_cache]") {
@@ -1668,23 +1597,6 @@ TEST_CASE("what is unsaved goes with what storage last said of it", "[write_cach
   }
   CHECK(bench.cache->unsaved().error.value() == EDQUOT);
   CHECK(bench.cache->unsaved().ranges.count() == 8);
-}
-
-TEST_CASE("zeros are asked for on whole blocks, wherever storage's answers end", "[write_cache]") {
-  Capabilities capabilities = MemoryStorage::everything(disk_size);
-  capabilities.minimum = 65536;
-  Bench bench(capabilities);
-  bench.with_header();
-  bench.storage.disk().write(2 * unit, pattern(4096, 1),
-                             true); // an extent that ends inside a block
-  const auto data = pattern(100, 2);
-  for (std::uint64_t i = 1; i < 8; ++i) {
-    bench.write(i * unit + 5000, data);
-    bench.cache->flush(bench.storage);
-    CHECK(bench.on_disk(i * unit + 5000, 100) == data);
-  }
-  CHECK(bench.on_disk(2 * unit, 4096) == pattern(4096, 1));
-  CHECK(bench.storage.violations().empty());
 }
 
 TEST_CASE("another cluster size takes effect once nothing of the old size is cached",
