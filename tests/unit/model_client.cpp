@@ -201,7 +201,7 @@ int ModelClient::request(const Image::Request& needed, const Work& work, int exc
 /// refused at once.
 bool ModelClient::untouched(const ByteRange& range) const {
   return referee_.untouched() &&
-         storage_->pieces(align_outward(range, capabilities().minimum)) == 1;
+         storage_->pieces(align_outward(range, capabilities().write_alignment())) == 1;
 }
 
 int ModelClient::write(std::uint64_t offset, const Bytes& data, bool fua) {
