@@ -44,6 +44,10 @@ fi
 # The libraries' own locale would translate messages that tests look for.
 export LC_ALL=C
 
+# For nbd_clients.py and qcow2.py.
+PYTHONPATH=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export PYTHONPATH PYTHONDONTWRITEBYTECODE=1
+
 fail ()
 {
     echo "$(basename "$0"): FAILED: $*" >&2
@@ -416,7 +420,7 @@ image_holds ()
     qemu-img compare -q -f qcow2 -F raw "$1" "$2" || fail "$1 does not hold what $2 does"
 }
 
-# python ARGUMENT...: run the program on standard input.
+# python ARGUMENT...: run the program on standard input, which may use nbd_clients.py and qcow2.py.
 python ()
 {
     "$PYTHON" - "$@"
@@ -496,15 +500,10 @@ passes_unchanged ()
 write_header ()
 {
     python "$@" <<'END'
-import struct, sys
-bits = int(sys.argv[2])
-version = int(sys.argv[3]) if len(sys.argv) > 3 else 3
-header = bytearray(112)
-header[0:8] = b"QFI\xfb" + struct.pack(">I", version)
-header[20:32] = struct.pack(">IQ", bits, 1 << 20)
-header[96:104] = struct.pack(">II", 4, 112)
+import sys
+from qcow2 import image_header
 with open(sys.argv[1], "r+b") as file:
-    file.write(header)
+    file.write(image_header(*map(int, sys.argv[2:])))
 END
 }
 

@@ -15,8 +15,6 @@ way when the round ends.
 """
 
 import argparse
-import collections
-import errno
 import mmap
 import os
 import random
@@ -26,30 +24,23 @@ import sys
 import time
 import traceback
 
-import nbd
+from nbd_clients import STORAGE_ERRORS, Client, Lane, Model, Wrong, connect, stored
 
-RESERVED = 512  # the image's header
 LANES_PER_CONNECTION = 3
 LEAST_ROUNDS = 6
 MOST_AT_ONCE = 6
 STRIPES = (61, 700, 1024, 3000, 20000, 65536, 200000)
-STORAGE_ERRORS = {errno.EIO, errno.ENOSPC}
-MOST_TRIES = 100
 MOST_READ = 1 << 19
 
 # What a client tells the others, one number each.
 FIELDS = ("busy_since", "requests", "refusals", "flushes", "pending_begin", "pending_end")
 
 
-class Failure(Exception):
-    """The server broke a promise."""
-
-
 class Shared:
     """Memory that all processes see."""
 
     def __init__(self, exports, size, lanes):
-        self.expected = [mmap.mmap(-1, size) for _ in range(exports)]
+        self.models = [Model(mmap.mmap(-1, size)) for _ in range(exports)]
         # What the unanswered request of a client that died would have written.
         self.pending = [mmap.mmap(-1, size) for _ in range(exports)]
         self._numbers = memoryview(mmap.mmap(-1, 8 * len(FIELDS) * exports * lanes)).cast("q")
@@ -73,185 +64,85 @@ class Notes:
         self._numbers[self._first + FIELDS.index(name)] = value
 
 
-def differing(found, wanted):
-    return next(i for i, pair in enumerate(zip(found, wanted)) if pair[0] != pair[1])
-
-
-def check_either(found, old, new, where):
-    """Every byte is the old one or the new one."""
-    if found in (old, new):
-        return
-    for i, byte in enumerate(found):
-        if byte not in (old[i], new[i]):
-            raise Failure(f"{where}: byte {i} is neither what it was nor what was written")
-
-
-def retry(request):
-    """Repeats a request that storage's errors may hit."""
-    for _ in range(MOST_TRIES):
-        try:
-            return request()
-        except nbd.Error as error:
-            if error.errnum not in STORAGE_ERRORS:
-                raise
-    raise Failure(f"{MOST_TRIES} tries in a row failed")
-
-
-class Lane:
-    """The stripes of an export that one client has."""
-
-    def __init__(self, number, count, stripe, size):
-        step = count * stripe
-        self.stripes = [
-            (begin, min(begin + stripe, size))
-            for begin in range(RESERVED + number * stripe, size, step)
-        ]
-
-
-Request = collections.namedtuple("Request", "kind begin end data")
-
-
-class Client:
+class LoadClient(Client):
     """One connection, and a life of some requests."""
 
+    kinds = {"write": 9, "zero": 1, "trim": 1, "read": 2}
+
     def __init__(self, options, shared, export, number, lane, seed):
-        self.random = random.Random(seed)
-        self.options = options
-        self.where = f"export {export}, lane {number}"
-        self.expected = shared.expected[export]
-        self.pending = shared.pending[export]
         self.notes = shared.notes(export, number)
+        self.busy()
+        file = os.open(f"{options.directory}/{export}", os.O_RDONLY)
+        super().__init__(
+            connect(options.socket, str(export)), shared.models[export], random.Random(seed),
+            f"export {export}, lane {number}", lambda begin, end: os.pread(file, end - begin, begin), STORAGE_ERRORS)
+        self.pending = shared.pending[export]
         self.lane = lane
         self.position = 0
-        self.file = os.open(f"{options.directory}/{export}", os.O_RDONLY)
-        self.client = nbd.NBD()
-        self.client.set_export_name(str(export))
-        self.busy()
-        self.client.connect_unix(options.socket)
 
     def busy(self):
         self.notes.busy_since = time.monotonic_ns()
 
-    def some_range(self, begin, end):
-        if self.random.random() < 0.5:
-            begin = self.random.randrange(begin, end)
-            end = self.random.randrange(begin, end) + 1
-        return begin, end
+    def count(self, request):
+        self.notes.requests += 1
+        self.notes.refusals += bool(request.error)
+
+    def read(self, begin, end):
+        self.busy()
+        return super().read(begin, end)
 
     def choose(self):
-        """Requests for ranges that do not overlap: mostly onward, as an image grows."""
-        count = min(self.random.randint(1, MOST_AT_ONCE), len(self.lane.stripes))
-        if self.random.random() < 0.6:
-            chosen = [(self.position + i) % len(self.lane.stripes) for i in range(count)]
+        """Ranges that do not overlap: mostly onward, as an image grows."""
+        count = min(self.dice.randint(1, MOST_AT_ONCE), len(self.lane))
+        if self.dice.random() < 0.6:
+            chosen = [(self.position + i) % len(self.lane) for i in range(count)]
             self.position += count
         else:
-            chosen = self.random.sample(range(len(self.lane.stripes)), count)
-        return [self.request(*self.some_range(*self.lane.stripes[i])) for i in chosen]
+            chosen = self.dice.sample(range(len(self.lane)), count)
+        return [self.lane.some_range(self.dice, i) for i in chosen]
 
-    def request(self, begin, end):
-        kind = self.random.choices(("write", "fua", "zero", "trim", "read"), (8, 1, 1, 1, 2))[0]
-        data = self.random.randbytes(end - begin) if kind in ("write", "fua") else bytes(end - begin)
-        return Request(kind, begin, end, data)
-
-    def send(self, request, answered):
-        """Returns what has to live until there is an answer."""
-        length = request.end - request.begin
-        if request.kind == "read":
-            buffer = nbd.Buffer(length)
-            self.client.aio_pread(buffer, request.begin, answered)
-        elif request.kind in ("write", "fua"):
-            buffer = nbd.Buffer.from_bytearray(bytearray(request.data))
-            flags = nbd.CMD_FLAG_FUA if request.kind == "fua" else 0
-            self.client.aio_pwrite(buffer, request.begin, answered, flags)
-        else:
-            buffer = None
-            send = self.client.aio_zero if request.kind == "zero" else self.client.aio_trim
-            send(length, request.begin, answered)
-        return buffer
-
-    def requests(self, requests):
-        """Sends them all at once and waits for the answers."""
-        errors = [None] * len(requests)
-
-        def answered(i):
-            def note(error):
-                errors[i] = error.value
-                self.notes.requests += 1
-                return 1
-
-            return note
-
+    def requests(self):
+        """Sends some at once and waits for the answers."""
         self.busy()
-        buffers = [self.send(request, answered(i)) for i, request in enumerate(requests)]
-        while None in errors:
-            self.client.poll(-1)
-        for request, error, buffer in zip(requests, errors, buffers):
-            self.settle(request, error, buffer)
+        for request in [self.begin(*each) for each in self.choose()]:
+            request.finish()
 
-    def settle(self, request, error, buffer):
-        begin, end = request.begin, request.end
-        if error:
-            if error not in STORAGE_ERRORS:
-                raise Failure(f"{self.where}: {request.kind} failed: {os.strerror(error)}")
-            self.notes.refusals += 1
-        if request.kind == "read":
-            if not error and buffer.to_bytearray() != self.expected[begin:end]:
-                raise Failure(f"{self.where}: does not read its own bytes at {begin}-{end}")
-        elif error or request.kind == "trim":
-            self.busy()
-            found = retry(lambda: self.client.pread(end - begin, begin))
-            where = f"{self.where}: {begin}-{end} after a {request.kind}"
-            check_either(found, self.expected[begin:end], request.data, where)
-            self.expected[begin:end] = bytes(found)
-        else:
-            self.expected[begin:end] = request.data
-
-    def flush(self):
+    def flush_all(self):
         self.busy()
-        try:
-            self.client.flush()
-        except nbd.Error as error:
-            if error.errnum not in STORAGE_ERRORS:
-                raise
-            self.notes.refusals += 1
-            return
-        self.notes.requests += 1
-        self.notes.flushes += 1
-        for begin, end in self.lane.stripes:
-            if os.pread(self.file, end - begin, begin) != self.expected[begin:end]:
-                raise Failure(f"{self.where}: {begin}-{end} is not in the file after a flush")
+        flushed = self.flush(*self.lane)
+        self.notes.requests += flushed
+        self.notes.flushes += flushed
+        self.notes.refusals += not flushed
 
     def check_predecessor(self, lane, notes):
         """Where connections share a cache, nothing is lost with one that died."""
-        first = self.random.randrange(len(lane.stripes))
-        offset = lane.stripes[first][0]
-        stripes = [stripe for stripe in lane.stripes[first:] if stripe[1] - offset <= MOST_READ]
-        self.busy()
-        found = retry(lambda: self.client.pread(stripes[-1][1] - offset, offset))
+        first = self.dice.randrange(len(lane))
+        offset = lane[first][0]
+        stripes = [stripe for stripe in list(lane)[first:] if stripe[1] - offset <= MOST_READ]
+        found = self.read(offset, stripes[-1][1])
         for begin, end in stripes:
             unanswered = begin < notes.pending_end and notes.pending_begin < end
-            if not unanswered and found[begin - offset : end - offset] != self.expected[begin:end]:
-                raise Failure(f"{self.where}: {begin}-{end} of the client before is lost")
+            if not unanswered:
+                self.model.same(found[begin - offset:end - offset], begin, f"{self.name}: of the client before")
 
     def die(self):
         """Without goodbye, half of the time with a request that is not answered."""
-        if self.random.random() < 0.5:
-            request = self.choose()[0]
+        if self.dice.random() < 0.5:
+            request = self.begin(*self.choose()[0])
             if request.kind != "read":
-                self.pending[request.begin : request.end] = request.data
+                self.pending[request.begin:request.end] = request.data
                 self.notes.pending_begin = request.begin
                 self.notes.pending_end = request.end
-            _kept = self.send(request, lambda error: 1)
         os.kill(os.getpid(), signal.SIGKILL)
 
     def live(self, dies):
-        for _ in range(self.random.randint(3, 20)):
-            self.requests(self.choose())
-            if self.random.random() < 0.2:
-                self.flush()
+        for _ in range(self.dice.randint(3, 20)):
+            self.requests()
+            if self.dice.random() < 0.2:
+                self.flush_all()
         if dies:
             self.die()
-        self.client.shutdown()
+        self.nbd.shutdown()
 
 
 class Server:
@@ -298,9 +189,8 @@ class Load:
         self.next_disturbance = 0
         self.deaths = 0
         self.goodbyes = 0
-        for export, expected in enumerate(self.shared.expected):
-            with open(f"{options.directory}/{export}", "rb") as file:
-                expected[:] = file.read()
+        for export, model in enumerate(self.shared.models):
+            model.held[:] = stored(f"{options.directory}/{export}")
 
     def start(self, export, lane, work, slot=None):
         """Does `work` in a process of its own; `slot` is for a client of a round."""
@@ -313,7 +203,7 @@ class Load:
         try:
             work()
             status = 0
-        except Failure as failure:
+        except Wrong as failure:
             print(failure, file=sys.stderr)
         except BaseException:
             traceback.print_exc()
@@ -329,7 +219,7 @@ class Load:
         dies = self.random.random() < 0.5
 
         def live():
-            client = Client(self.options, self.shared, export, number, lanes[number], seed)
+            client = LoadClient(self.options, self.shared, export, number, lanes[number], seed)
             if self.options.shared and predecessor >= 0:
                 client.check_predecessor(lanes[predecessor], self.shared.notes(export, predecessor))
             client.live(dies)
@@ -349,7 +239,7 @@ class Load:
             elif status == 0:
                 self.goodbyes += slot is not None
             else:
-                raise Failure(f"export {export}, lane {number}: the client's status is {status}")
+                raise Wrong(f"export {export}, lane {number}: the client's status is {status}")
             if slot is not None:
                 ended.append((export, slot))
         return ended
@@ -360,7 +250,7 @@ class Load:
         for export, number, _ in self.living.values():
             if self.shared.notes(export, number).busy_since < oldest:
                 self.server.print_stacks()
-                raise Failure(
+                raise Wrong(
                     f"export {export}, lane {number}: no answer for {self.options.patience} seconds"
                 )
 
@@ -413,30 +303,23 @@ class Load:
         while self.server.sockets() > self.server.idle_sockets:
             if time.monotonic() > end:
                 self.server.print_stacks()
-                raise Failure("the server does not notice that all clients are gone")
+                raise Wrong("the server does not notice that all clients are gone")
             time.sleep(0.01)
 
     def compare(self, export):
-        client = nbd.NBD()
-        client.set_export_name(str(export))
-        client.connect_unix(self.options.socket)
-        expected = self.shared.expected[export]
-        pending = self.shared.pending[export]
-        found = bytes(client.pread(self.options.size, 0))
+        """All of an export: nobody else is connected."""
+        model, size = self.shared.models[export], self.options.size
+        client = Client(connect(self.options.socket, str(export)), model, self.random, f"export {export}")
         for number in range(self.lanes):
             notes = self.shared.notes(export, number)
-            part = slice(notes.pending_begin, notes.pending_end)
-            where = f"export {export}, unanswered request for {part.start}-{part.stop}"
-            check_either(found[part], expected[part], pending[part], where)
-            expected[part] = found[part]
-        if found != expected[:]:
-            raise Failure(f"export {export}: byte {differing(found, expected[:])} is wrong")
+            begin, end = notes.pending_begin, notes.pending_end
+            if begin < end:
+                found = client.read(begin, end)
+                model.seen(found, begin, f"export {export}: unanswered", self.shared.pending[export][begin:end])
+        client.same(0, size, "between two rounds")
         client.flush()
-        with open(f"{self.options.directory}/{export}", "rb") as file:
-            stored = file.read()
-        if stored != found:
-            raise Failure(f"export {export}: byte {differing(stored, found)} is not stored by a flush")
-        client.shutdown()
+        model.same(stored(f"{self.options.directory}/{export}", 0, size), 0, f"export {export}: stored by a flush")
+        client.nbd.shutdown()
 
     def compare_all(self):
         for export in range(self.options.exports):
@@ -459,9 +342,9 @@ class Load:
             # A connection whose client has died may still be about to end: single rounds vary. What
             # is never given back raises the least of them, too.
             if min(idle[middle:]) > max(idle[:middle]) + self.options.memory_slack:
-                raise Failure("memory grows")
+                raise Wrong("memory grows")
             if self.server.most_memory > self.options.most_memory:
-                raise Failure(f"more than {self.options.most_memory} KiB")
+                raise Wrong(f"more than {self.options.most_memory} KiB")
 
     def run(self):
         end = time.monotonic() + self.options.seconds
@@ -479,7 +362,7 @@ class Load:
             f"{self.total('flushes')} flushes; {self.deaths} clients died, {self.goodbyes} said goodbye"
         )
         if not (self.deaths and self.goodbyes and self.total("refusals") and self.total("flushes")):
-            raise Failure("that was no load")
+            raise Wrong("that was no load")
         self.check_memory(idle)
 
     def kill_clients(self):
@@ -509,7 +392,7 @@ def main():
     load = Load(options)
     try:
         load.run()
-    except Failure as failure:
+    except Wrong as failure:
         sys.exit(f"load_client.py: {failure}")
     finally:
         load.kill_clients()

@@ -18,95 +18,51 @@ if [ "${LONG:-}" = 1 ]; then kills=1000 conversions=160; fi
 
 cat >"$work/client.py" <<'END'
 import nbd, os, random, signal, sys
+from nbd_clients import Model, Wrong, connect, send, stored
 
 address, disk, server, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 random.seed(seed)
 IN_FLIGHT = 16
-CHUNK = 512
 
-def stored():
-    with open(disk, "rb") as file:
-        return file.read()
-
-class Request:
-    """A write or zero: `data` is what its bytes become."""
-
-    def __init__(self, offset, data):
-        self.offset, self.data, self.end = offset, data, offset + len(data)
-        self.acknowledged = False
-        self.open = [(offset, self.end)]    # where no later request is settled
-
-    def part(self, begin, end):
-        return self.data[begin - self.offset:end - self.offset]
-
-    def close(self, begin, end):
-        parts = [part for b, e in self.open for part in ((b, min(e, begin)), (max(b, end), e))]
-        self.open = [(b, e) for b, e in parts if b < e]
-
-clients = []
-for _ in range(2):
-    client = nbd.NBD()
-    client.connect_unix(address)
-    clients.append(client)
+clients = [connect(address) for _ in range(2)]
 size = clients[0].get_size()
-
-settled = bytearray(stored())
-for offset in range(0, size, 1 << 20):
-    length = min(1 << 20, size - offset)
-    if clients[1].pread(length, offset) != settled[offset:offset + length]:
-        sys.exit(f"the new server does not read what is stored at {offset}+{length}")
-later = []          # requests that no acknowledged flush covers, in their order
-busy = set()        # those that have not been answered
+model = Model(bytearray(stored(disk)))
+busy = {}           # what has not been answered: by number, with the range that it changes
+acknowledged = []   # changes that no acknowledged flush covers
 counts = {"requests": 0, "flushes": 0}
 
-def settle(covered):
-    """What these requests wrote, in their order, replaces what was there before."""
-    for request in covered:
-        if request in later:
-            for begin, end in request.open:
-                settled[begin:end] = request.part(begin, end)
-            for older in later[:later.index(request)]:
-                older.close(request.offset, request.end)
-            later.remove(request)
-
-def answered(request, then=None):
-    def completion(error):
-        busy.discard(request)
-        if error.value == 0:
-            if isinstance(request, Request):
-                request.acknowledged = True
-            if then:
-                then()
-        return 1
-    busy.add(request)
+def begin(client, kind, first, end, data, then, flags=0):
     counts["requests"] += 1
-    return completion
+    number = counts["requests"]
+    def answered(error):
+        del busy[number]
+        if error == 0:
+            then()
+    # What it sends stays there until it has been answered, which may be at once.
+    busy[number] = [first, end]
+    kept = busy[number]
+    kept.append(send(client, kind, first, end, data, answered, flags))
 
 def flush(client):
-    covered = [request for request in later if request.acknowledged]
+    covered = list(acknowledged)
     def then():
         counts["flushes"] += 1
-        settle(covered)
-    client.aio_flush(completion=answered(object(), then))
-
-def overlaps_busy(offset, end):
-    return any(isinstance(other, Request) and other.offset < end and offset < other.end for other in busy)
+        for change in covered:
+            model.has_come(change)
+    begin(client, "flush", 0, 0, None, then)
 
 def write(client, offset, length):
     # Of two requests at once in the same bytes either may win.
-    if overlaps_busy(offset, offset + length):
+    end = offset + length
+    if any(offset < other_end and other < end for other, other_end, *_ in busy.values()):
         return
-    zero = random.random() < 0.1
+    kind = "zero" if random.random() < 0.1 else "write"
     fua = random.random() < 0.05
-    request = Request(offset, bytes(length) if zero else random.randbytes(length))
-    later.append(request)
-    flags = nbd.CMD_FLAG_FUA if fua else 0
-    then = (lambda: settle([request])) if fua else None
-    if zero:
-        client.aio_zero(length, offset, completion=answered(request, then), flags=flags)
-    else:
-        request.buffer = nbd.Buffer.from_bytearray(bytearray(request.data))
-        client.aio_pwrite(request.buffer, offset, completion=answered(request, then), flags=flags)
+    data = bytes(length) if kind == "zero" else random.randbytes(length)
+    change = model.may_be(offset, data)
+    model.recent.append(f"{kind} {offset}-{end}{', durable' if fua else ''}")
+    begin(client, kind, offset, end, data,
+          lambda: model.has_come(change) if fua else acknowledged.append(change), nbd.CMD_FLAG_FUA if fua else 0)
 
 def wait_until_below(most):
     while len(busy) > most:
@@ -114,48 +70,42 @@ def wait_until_below(most):
             client.poll(0 if client is not clients[-1] else 1)
 
 # An image's writer: data is appended, tables are written again and again.
-cursor = 65536 + random.randrange(size // 2)
-table = random.randrange(1, size // 65536 - 1) * 65536
-for _ in range(random.randrange(20, 500)):
-    client = random.choice(clients)
-    kind = random.random()
-    if kind < 0.6:
-        length = random.choice([1, 700, 4096, 9000, 27000, 65536, 80000])
-        if cursor + length > size:
-            cursor = 65536
-        write(client, cursor, length)
-        cursor += length
-    elif kind < 0.8:
-        write(client, table + random.randrange(0, 65536, 8), 8)
-    elif kind < 0.9:
-        write(client, table + random.randrange(0, 65536, 4096), 4096)
-    else:
-        flush(client)
-    wait_until_below(IN_FLIGHT)
+def requests():
+    cursor = 65536 + random.randrange(size // 2)
+    table = random.randrange(1, size // 65536 - 1) * 65536
+    for _ in range(random.randrange(20, 500)):
+        client = random.choice(clients)
+        kind = random.random()
+        if kind < 0.6:
+            length = random.choice([1, 700, 4096, 9000, 27000, 65536, 80000])
+            if cursor + length > size:
+                cursor = 65536
+            write(client, cursor, length)
+            cursor += length
+        elif kind < 0.8:
+            write(client, table + random.randrange(0, 65536, 8), 8)
+        elif kind < 0.9:
+            write(client, table + random.randrange(0, 65536, 4096), 4096)
+        else:
+            flush(client)
+        wait_until_below(IN_FLIGHT)
 
-os.kill(server, signal.SIGKILL)
-# What it had answered before it died may still be on the way.
-for client in clients:
-    try:
-        while client.aio_in_flight() and not client.aio_is_dead() and not client.aio_is_closed():
-            client.poll(-1)
-    except nbd.Error:
-        pass
-
-found = stored()
-newest = bytearray(settled)
-for request in later:
-    for begin, end in request.open:
-        newest[begin:end] = request.part(begin, end)
-for begin in range(0, size, CHUNK):
-    end = min(begin + CHUNK, size)
-    if found[begin:end] not in (settled[begin:end], newest[begin:end]):
-        near = [request for request in later if request.offset < end and begin < request.end]
-        for i in range(begin, end):
-            values = [request.data[i - request.offset] for request in near
-                      if any(b <= i < e for b, e in request.open)]
-            if found[i] != settled[i] and found[i] not in values:
-                sys.exit(f"the byte at {i} is {found[i]}: it was flushed as {settled[i]}, and later {values} came")
+try:
+    for offset in range(0, size, 1 << 20):
+        found = clients[1].pread(min(1 << 20, size - offset), offset)
+        model.same(found, offset, "the new server does not read what is stored")
+    requests()
+    os.kill(server, signal.SIGKILL)
+    # What it had answered before it died may still be on the way.
+    for client in clients:
+        try:
+            while client.aio_in_flight() and not client.aio_is_dead() and not client.aio_is_closed():
+                client.poll(-1)
+        except nbd.Error:
+            pass
+    model.same(stored(disk, 0, size), 0, "stored when it was killed, and neither as flushed nor as written later")
+except Wrong as wrong:
+    sys.exit(wrong)
 print(counts["requests"], counts["flushes"])
 END
 
