@@ -426,18 +426,21 @@ python ()
     "$PYTHON" - "$@"
 }
 
+# run_client SERVER ARGUMENT...: run the program on standard input, in which "client" is
+# connected to the server at the socket "address", "arguments" is a list, and everything
+# of nbd_clients.py is there.
+run_client ()
+{
+    "$PYTHON" -c 'import nbd_clients; nbd_clients.run()' "$work/$1.sock" "${@:2}"
+}
+
 # mixed_requests SERVER: one client that sends requests of every kind, of sizes
 # that fit nothing, one after the other; the same ones each time, to an export
 # of at least 4 MiB.
 mixed_requests ()
 {
-    python "$work/$1.sock" <<'END'
-import nbd, random, sys
-
+    run_client "$1" <<'END'
 random.seed(20)
-client = nbd.NBD()
-client.add_meta_context("base:allocation")
-client.connect_unix(sys.argv[1])
 limit = 4 << 20
 position = 512
 for step in range(400):

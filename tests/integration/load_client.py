@@ -72,10 +72,9 @@ class LoadClient(Client):
     def __init__(self, options, shared, export, number, lane, seed):
         self.notes = shared.notes(export, number)
         self.busy()
-        file = os.open(f"{options.directory}/{export}", os.O_RDONLY)
         super().__init__(
             connect(options.socket, str(export)), shared.models[export], random.Random(seed),
-            f"export {export}, lane {number}", lambda begin, end: os.pread(file, end - begin, begin), STORAGE_ERRORS)
+            f"export {export}, lane {number}", f"{options.directory}/{export}", STORAGE_ERRORS)
         self.pending = shared.pending[export]
         self.lane = lane
         self.position = 0

@@ -5,9 +5,14 @@ what the bytes of a disk may be, and random requests that are compared with it.
 import collections
 import errno
 import os
+import random
+import struct
+import sys
 import time
 
 import nbd
+
+from qcow2 import CompressedClusters, image_header
 
 RESERVED = 512  # an image's header: random requests leave it alone
 STORAGE_ERRORS = frozenset({errno.EIO, errno.ENOSPC})
@@ -39,13 +44,13 @@ def error_of(request):
     return None
 
 
-def stored(path, begin=0, end=None):
+def stored(path, offset=0, length=None):
     """These bytes of a file, seen behind the server's back."""
     with open(path, "rb") as file:
-        file.seek(begin)
-        found = file.read() if end is None else file.read(end - begin)
-    if end is not None and len(found) != end - begin:
-        raise Wrong(f"{path} ends before {end}")
+        file.seek(offset)
+        found = file.read(length)
+    if length is not None and len(found) != length:
+        raise Wrong(f"{path} ends before {offset + length}")
     return found
 
 
@@ -293,11 +298,11 @@ class Request:
         elif self.kind == "trim":
             # They may stay as they were, or as they were stored, or become zeros.
             found = client.read(self.begin, self.end)
-            below = [client.stored(self.begin, self.end)] if client.stored else []
+            below = [client.stored(self.begin, self.end)] if client.disk else []
             model.seen(found, self.begin, f"{self}, and a read", self.data, *below)
         else:
             model.is_(self.begin, self.data)
-            if self.durable and client.stored:
+            if self.durable and client.disk:
                 model.same(client.stored(self.begin, self.end), self.begin, f"{self}, but stored")
 
     def _finish_read(self):
@@ -321,15 +326,16 @@ class Request:
 class Client:
     """A connection whose requests are compared with a model.
 
-    `stored` says what storage has from a begin to an end; without it nobody looks. `refusals` are
-    the errors that storage may answer with.
+    `disk` is the file where storage has its bytes; without one nobody looks. `refusals` are the
+    errors that storage may answer with.
     """
 
     kinds = KINDS
 
-    def __init__(self, connection, model, dice, name="client", stored=None, refusals=()):
+    def __init__(self, connection, model, dice, name="client", disk=None, refusals=()):
         self.nbd, self.model, self.dice = connection, model, dice
-        self.name, self.stored, self.refusals = name, stored, refusals
+        self.name, self.refusals = name, refusals
+        self.disk = disk and open(disk, "rb", buffering=0)
 
     def some_kind(self):
         return self.dice.choices(list(self.kinds), list(self.kinds.values()))[0]
@@ -353,6 +359,9 @@ class Client:
                     raise
         raise Wrong(f"{self.name}: {MOST_TRIES} reads in a row failed")
 
+    def stored(self, begin, end):
+        return os.pread(self.disk.fileno(), end - begin, begin)
+
     def same(self, begin, end, what):
         self.model.same(self.read(begin, end), begin, f"{self.name}: {what}")
 
@@ -365,7 +374,7 @@ class Client:
             if error.errnum not in self.refusals:
                 raise
             return False
-        if self.stored:
+        if self.disk:
             for begin, end in ranges:
                 self.model.same(self.stored(begin, end), begin, f"{self.name}: stored after a flush")
         return True
@@ -373,7 +382,7 @@ class Client:
 
 def random_requests(client, steps, first=RESERVED):
     """One after the other, with a flush now and then, and at the end a look at everything."""
-    size = client.nbd.get_size()
+    size = len(client.model.held)
     ranges = Ranges(client.dice, size, first)
     for _ in range(steps):
         if client.dice.random() < 0.08:
@@ -382,3 +391,13 @@ def random_requests(client, steps, first=RESERVED):
             client.request(*ranges.some())
     client.flush((0, size))
     client.same(0, size, "read at the end")
+
+
+def run():
+    """The program on standard input, with what functions.sh says of run_client, and all of the above."""
+    address, *arguments = sys.argv[1:]
+    names = {**globals(), "address": address, "arguments": arguments, "client": connect(address)}
+    try:
+        exec(compile(sys.stdin.read(), "client", "exec"), names)
+    except Wrong as wrong:
+        sys.exit(str(wrong))

@@ -56,8 +56,12 @@ class CompressedClusters:
         offset = self.offset(entry)
         return offset, (self.more_sectors(entry) + 1) * 512 - offset % 512
 
-    def with_offset(self, entry, offset):
+    def streams(self):
+        """Where the data of each is, in the guest's order."""
+        return [self.offset(entry) for entry in self.entries.values()]
+
+    def at(self, entry, offset):
         return entry >> self._size_shift << self._size_shift | offset
 
-    def with_fewer_sectors(self, entry):
+    def with_a_sector_less(self, entry):
         return entry - (1 << self._size_shift)

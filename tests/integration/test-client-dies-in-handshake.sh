@@ -10,7 +10,8 @@ fresh_file "$work/disk" 8M
 start_nbdkit server --filter="$FILTER" file "$work/disk" qcowcache-cluster-size=64k
 
 python "$work/server.sock" <<'END'
-import nbd, os, socket, struct, sys
+import os, socket, struct, sys
+from nbd_clients import connect
 
 IHAVEOPT = b"IHAVEOPT"
 OPT_EXPORT_NAME, OPT_ABORT, OPT_LIST, OPT_INFO, OPT_GO = 1, 2, 3, 6, 7
@@ -36,19 +37,16 @@ def wait_for_reply_end(connection):
 name_and_no_requests = struct.pack(">I", 0) + struct.pack(">H", 0)
 go = option(OPT_GO, name_and_no_requests)
 
-def connect():
+def at_once():
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(sys.argv[1])
     return connection
 
 def greeted():
-    connection = connect()
+    connection = at_once()
     receive(connection, 18)
     connection.sendall(struct.pack(">I", 3))
     return connection
-
-def at_once():
-    return connect()
 
 def after_greeting():
     return greeted()
@@ -91,8 +89,7 @@ def in_the_middle_of_a_payload():
     connection.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 1, 1, 1 << 20, 10000) + b"x" * 5000)
     return connection
 
-survivor = nbd.NBD()
-survivor.connect_unix(sys.argv[1])
+survivor = connect(sys.argv[1])
 survivor.pwrite(b"here before" * 100, 100001)
 
 deaths = [at_once, after_greeting, in_the_middle_of_an_option, after_asking_for_information,
@@ -101,8 +98,7 @@ deaths = [at_once, after_greeting, in_the_middle_of_an_option, after_asking_for_
 for rounds in range(5):
     for death in deaths:
         death().close()
-        following = nbd.NBD()
-        following.connect_unix(sys.argv[1])
+        following = connect(sys.argv[1])
         assert following.pread(1100, 100001) == b"here before" * 100, death.__name__
         following.pwrite(death.__name__.encode(), 3000003)
         following.shutdown()

@@ -21,9 +21,8 @@ for order in header-first header-last; do
     fresh_file "$target" "$room"
     start_nbdkit server --filter="$FILTER" file "$target"
     # os._exit closes the socket as a kill does: libnbd says no goodbye.
-    python "$work/server.sock" "$work/prepared.qcow2" "$order" <<'END'
-import nbd, os, random, sys
-image = open(sys.argv[2], "rb").read()
+    run_client server "$work/prepared.qcow2" "$order" <<'END'
+image = open(arguments[0], "rb").read()
 random.seed(len(image))
 pieces = []
 position = 0
@@ -31,10 +30,8 @@ while position < len(image):
     length = random.choice([1, 511, 4096, 9000, 26700, 65536, 200000])
     pieces.append((position, image[position:position + length]))
     position += length
-if sys.argv[3] == "header-last":
+if arguments[1] == "header-last":
     pieces.append(pieces.pop(0))
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
 for position, piece in pieces:
     client.pwrite(piece, position)
 os._exit(0)
@@ -53,13 +50,11 @@ for acknowledged in 1 7 50 333 700; do
     fresh_file "$target" "$room"
     start_nbdkit server --filter="$FILTER" file "$target"
     killed=0
-    python "$work/server.sock" "$work/prepared.qcow2" "$acknowledged" <<'END' || killed=$?
-import nbd, os, signal, sys
-image = open(sys.argv[2], "rb").read()
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+    run_client server "$work/prepared.qcow2" "$acknowledged" <<'END' || killed=$?
+import signal
+image = open(arguments[0], "rb").read()
 client.pwrite(image[:65536], 0)
-for i in range(int(sys.argv[3])):
+for i in range(int(arguments[1])):
     position = 65536 + i * 5003
     client.pwrite(image[position:position + 5003], position)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -84,10 +79,7 @@ for slow in "delay wdelay=5ms" "rate rate=100M" "retry retries=1"; do
         fresh_file "$target" 2M
         start_nbdkit server --filter="$FILTER" ${model:+"$model"} --filter="$filter" \
             file "$target" "$parameter" qcowcache-cluster-size=64K
-        python "$work/server.sock" <<'END'
-import nbd, os, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+        run_client server <<'END'
 for i in range(20):
     client.pwrite(bytes([i + 1]) * 3000, i * 100003)
 os._exit(0)

@@ -60,16 +60,13 @@ echo 16M >"$work/size"
 fresh_file "$work/target" 16M
 write_header "$work/target" 16
 start_nbdkit server -v --filter="$FILTER" file "$work/target" qcowcache-size-file="$work/size"
-python "$work/server.sock" "$work/size" "$work/server.err" <<'END'
-import nbd, os, sys, time
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+run_client server "$work/size" "$work/server.err" <<'END'
 client.pwrite(b"x", 70000)
-with open(sys.argv[2] + ".new", "w") as file:
+with open(arguments[0] + ".new", "w") as file:
     file.write("64K")
-os.rename(sys.argv[2] + ".new", sys.argv[2])
+os.rename(arguments[0] + ".new", arguments[0])
 deadline = time.monotonic() + 20
-while b"passing writes through" not in open(sys.argv[3], "rb").read():
+while b"passing writes through" not in open(arguments[1], "rb").read():
     assert time.monotonic() < deadline, "not said that writes pass through"
     client.pwrite(b"x", 70000)
     time.sleep(0.02)
@@ -85,17 +82,14 @@ fresh_file "$work/target" 16M
 write_header "$work/target" 16
 start_nbdkit server -v --filter="$FILTER" --filter=error file "$work/target" qcowcache-expire=0 \
     error-pwrite=ENOSPC error-pwrite-rate=100% error-pwrite-file="$work/full"
-python "$work/server.sock" "$work/full" <<'END'
-import nbd, os, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
-open(sys.argv[2], "w").close()
+run_client server "$work/full" <<'END'
+open(arguments[0], "w").close()
 for unit in range(1, 31):
     client.pwrite(b"part", unit * 65536)
 try:
     client.flush()
 except nbd.Error:
-    os.unlink(sys.argv[2])
+    os.unlink(arguments[0])
 client.shutdown()
 END
 stop_nbdkit server

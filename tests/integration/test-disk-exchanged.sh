@@ -40,16 +40,12 @@ new_disk ()
 cat >"$work/story.py" <<'END'
 import os, subprocess, sys, time
 import nbd
+from nbd_clients import connect
 
 address, disk, does, exchange, then = sys.argv[1:]
 
-def connect():
-    client = nbd.NBD()
-    client.connect_unix(address)
-    return client
-
 old = b"old!" * 1000
-staying = [connect() for _ in range(8)]
+staying = [connect(address) for _ in range(8)]
 for i, client in enumerate(staying):
     if does == "writes":
         # A header, so that it is cached, and something of a block that newcomers write to.
@@ -91,12 +87,12 @@ if then == "convert":
                 staying.pop().shutdown()
             time.sleep(0.001)
     assert conversion.returncode == 0, "convert fails"
-    newcomer = connect()
+    newcomer = connect(address)
     newcomer.flush()
     expected = open(os.environ["EXPECTED"], "rb").read()
     assert newcomer.pread(16 << 20, 0) == expected[:16 << 20], "not the image, as read by another client"
 else:
-    newcomer = connect()
+    newcomer = connect(address)
     assert newcomer.pread(16 << 20, 0) == before[:16 << 20], "a newcomer reads the old disk"
     assert newcomer.pread(1 << 20, 20 << 20) == before[20 << 20:21 << 20], "a newcomer reads the old disk"
     expected = bytearray(before)
@@ -203,22 +199,18 @@ echo "=== nbdkit's tmpdisk plugin"
 # shellcheck disable=SC2016  # the plugin's own shell sets these variables
 start_nbdkit tmpdisk --filter="$FILTER" tmpdisk "$size" command='truncate -s $size "$disk"'
 python "$work/tmpdisk.sock" "$work/expected" <<'END'
-import nbd, sys
+import sys
+from nbd_clients import connect
 image = open(sys.argv[2], "rb").read()
 
-def connect():
-    client = nbd.NBD()
-    client.connect_unix(sys.argv[1])
-    return client
-
-reads = [connect() for _ in range(4)]
-writes = [connect() for _ in range(4)]
+reads = [connect(sys.argv[1]) for _ in range(4)]
+writes = [connect(sys.argv[1]) for _ in range(4)]
 for client in reads:
     assert client.pread(1 << 20, 0) == bytes(1 << 20)
 for client in writes:
     for position in range(0, 1 << 20, 7001):
         client.pwrite(b"other" * 1400 + b"!", position)
-newcomer = connect()
+newcomer = connect(sys.argv[1])
 assert newcomer.pread(1 << 20, 0) == bytes(1 << 20), "a newcomer reads another disk"
 leaving = reads + writes
 for i, position in enumerate(range(0, 16 << 20, 7001)):

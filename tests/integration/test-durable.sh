@@ -20,11 +20,10 @@ for mode in native none emulate; do
         "${below[@]:1}" logfile="$work/below.log" qcowcache-writers=0
     python "$work/server.sock" "$work/disk" "$work/below.log" <<'END'
 import nbd, random, re, sys
+from nbd_clients import connect
 random.seed(11)
-first = nbd.NBD()
-first.connect_unix(sys.argv[1])
-second = nbd.NBD()
-second.connect_unix(sys.argv[1])
+first = connect(sys.argv[1])
+second = connect(sys.argv[1])
 size = first.get_size()
 
 def stored(offset, length):
@@ -86,9 +85,9 @@ fresh_file "$work/disk" 4M
 start_nbdkit server --filter="$FILTER" file "$work/disk" qcowcache-cluster-size=64K
 mkfifo "$work/written"
 "$PYTHON" - "$work/server.sock" "$work/written" <<'END' &
-import nbd, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+import sys
+from nbd_clients import connect
+client = connect(sys.argv[1])
 for i in range(30):
     client.pwrite(bytes([i + 1]) * 3001, 100003 * i + 7)
 open(sys.argv[2], "w").write("all\n")

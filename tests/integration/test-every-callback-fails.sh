@@ -38,17 +38,12 @@ start_nbdkit server --filter="$FILTER" eval thread_model="echo parallel" \
 
 python "$work/server.sock" "$work/disk" "$work/broken" <<'END'
 import errno, nbd, sys
+from nbd_clients import connect
 address, disk, broken = sys.argv[1:]
 
 def break_down(what):
     with open(broken, "w") as file:
         file.write(what)
-
-def connect():
-    client = nbd.NBD()
-    client.add_meta_context("base:allocation")
-    client.connect_unix(address)
-    return client
 
 def stored(offset, length):
     with open(disk, "rb") as file:
@@ -59,19 +54,19 @@ for what in ("get_size", "block_size", "can_write", "can_flush", "can_trim", "ca
              "can_extents", "can_cache", "can_fua", "can_multi_conn"):
     break_down(what)
     try:
-        connect()
+        connect(address)
     except nbd.Error:
         pass
     else:
         raise SystemExit(f"a connection without {what}")
     break_down("")
-    client = connect()
+    client = connect(address)
     client.pwrite(what.encode(), 70000)
     client.flush()
     assert stored(70000, len(what)) == what.encode()
     client.shutdown()
 
-client = connect()
+client = connect(address)
 client.pwrite(b"before" * 100, 600001)
 requests = {
     "pread": lambda: client.pread(1000, 1 << 20),
@@ -99,9 +94,7 @@ client.shutdown()
 
 # While the header cannot be read nothing is held.
 break_down("pread")
-client = nbd.NBD()
-client.set_export_name("unread")
-client.connect_unix(address)
+client = connect(address, "unread")
 client.pwrite(b"first", 800101)
 break_down("")
 assert stored(800101, 5) == b"first", "a write was held back without a header"
@@ -115,11 +108,8 @@ stop_nbdkit server
 fresh_file "$work/disk" 16M
 start_nbdkit server --filter="$FILTER" --filter=error file "$work/disk" qcowcache-cluster-size=64K \
     error-pwrite=ENOSPC error-pwrite-rate=100% error-pwrite-file="$work/full"
-python "$work/server.sock" "$work/full" <<'END'
-import nbd, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
-open(sys.argv[2], "w").close()
+run_client server "$work/full" <<'END'
+open(arguments[0], "w").close()
 for i in range(7):
     client.pwrite(b"lost", (i + 1) << 20)
 client.shutdown()

@@ -147,10 +147,9 @@ truncate -s 64M "$work/images/disk.qcow2"
 write_header "$work/images/disk.qcow2" 16
 activate "$user"
 python "$work/service.sock" "${server_pid[service]}" <<'END'
-import nbd, os, signal, sys
-client = nbd.NBD()
-client.set_export_name("disk.qcow2")
-client.connect_unix(sys.argv[1])
+import os, signal, sys
+from nbd_clients import connect
+client = connect(sys.argv[1], "disk.qcow2")
 client.pwrite(b"acknowledged", 1000001)
 os.kill(int(sys.argv[2]), signal.SIGTERM)
 END

@@ -11,6 +11,7 @@ write_header "$work/disk" 16
 start_nbdkit server --filter="$FILTER" file "$work/disk"
 python "$work/server.sock" "$work/disk" <<'END'
 import nbd, sys
+from nbd_clients import connect
 
 def data_bytes(client):
     """Offsets of all extents that may hold something, as (begin, end)."""
@@ -34,12 +35,8 @@ def shows(client, offset, length):
         remaining -= set(range(max(begin, offset), min(end, offset + length)))
     return not remaining
 
-client = nbd.NBD()
-client.add_meta_context("base:allocation")
-client.connect_unix(sys.argv[1])
-other = nbd.NBD()
-other.add_meta_context("base:allocation")
-other.connect_unix(sys.argv[1])
+client = connect(sys.argv[1])
+other = connect(sys.argv[1])
 
 client.pwrite(b"x" * 1000, (1 << 20) + 77)
 client.pwrite(b"y" * 70000, 5 << 20)

@@ -93,12 +93,11 @@ fresh_file "$work/disk" 1M
 start_nbdkit server --filter="$FILTER" file "$work/disk" qcowcache-cluster-size=64k
 python "$work/server.sock" "$work/disk" <<'END'
 import errno, nbd, os, sys
-older = nbd.NBD()
-older.connect_unix(sys.argv[1])
+from nbd_clients import connect
+older = connect(sys.argv[1])
 older.pwrite(b"older" * 100, 5000)
 os.truncate(sys.argv[2], 2 << 20)
-newer = nbd.NBD()
-newer.connect_unix(sys.argv[1])
+newer = connect(sys.argv[1])
 assert newer.get_size() == 2 << 20
 newer.pwrite(b"newer" * 100, (1 << 20) + 5000)
 newer.pwrite(b"both", 5500)

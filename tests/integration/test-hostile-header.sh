@@ -12,10 +12,7 @@ passes_odd_writes ()
     local size
     size=$(stat -c %s "$work/disk")
     start_nbdkit server --filter="$FILTER" file "$work/disk"
-    python "$work/server.sock" "$work/disk" "$1" <<'END'
-import nbd, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+    run_client server "$work/disk" "$1" <<'END'
 size = client.get_size()
 for step in range(20):
     offset = size * step // 20
@@ -26,9 +23,7 @@ for step in range(20):
         offset = 24
     data = bytes([step + 1]) * min(333, size - offset)
     client.pwrite(data, offset)
-    with open(sys.argv[2], "rb") as stored:
-        stored.seek(offset)
-        assert stored.read(len(data)) == data, f"{sys.argv[3]}: a write was held back"
+    assert stored(arguments[0], offset, len(data)) == data, f"{arguments[1]}: a write was held back"
     assert client.pread(len(data), offset) == data
 client.flush()
 END
@@ -58,14 +53,8 @@ done
 fresh_file "$work/disk" 2M
 start_nbdkit server --filter="$FILTER" file "$work/disk"
 python "$work/server.sock" "$work/disk" <<'END'
-import nbd, struct, sys
-
-def header():
-    result = bytearray(512)
-    result[0:8] = b"QFI\xfb" + struct.pack(">I", 3)
-    result[20:32] = struct.pack(">IQ", 16, 1 << 20)
-    result[96:104] = struct.pack(">II", 4, 112)
-    return result
+import sys
+from nbd_clients import connect, image_header, stored
 
 fields = {
     "backing_file_offset": (8, 8), "backing_file_size": (16, 4), "size": (24, 8),
@@ -78,48 +67,38 @@ fields = {
 value = 0
 for name, (position, width) in fields.items():
     for pattern in (b"\xff" * width, b"\x7f" + b"\xff" * (width - 1), bytes(width - 1) + b"\x01"):
-        hostile = header()
+        hostile = bytearray(image_header(length=512))
         hostile[position:position + width] = pattern
-        for sent in (hostile, header()):
+        for sent in (bytes(hostile), image_header(length=512)):
             value = value % 255 + 1
-            client = nbd.NBD()
-            client.connect_unix(sys.argv[1])
+            client = connect(sys.argv[1])
             data = bytes([value]) * 3000
-            client.pwrite(bytes(sent), 0)
+            client.pwrite(sent, 0)
             client.pwrite(data, 65000)
             client.pwrite(data, 1 << 20)
             assert client.pread(3000, 65000) == data, name
             # In pieces, as clients write it too.
             for piece in range(0, 512, 50):
-                client.pwrite(bytes(sent[piece:piece + 50]), piece)
+                client.pwrite(sent[piece:piece + 50], piece)
             client.pwrite(data, 200001)
             client.flush()
-            stored = open(sys.argv[2], "rb").read()
             for offset in (65000, 1 << 20, 200001):
-                assert stored[offset:offset + 3000] == data, name
-            assert stored[:512] == sent, name
+                assert stored(sys.argv[2], offset, 3000) == data, name
+            assert stored(sys.argv[2], 0, 512) == sent, name
             client.shutdown()
 END
 
 # A header that goes while bytes are cached: these are still read, and stored.
-python "$work/server.sock" "$work/disk" <<'END'
-import nbd, struct, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
-good = bytearray(112)
-good[0:8] = b"QFI\xfb" + struct.pack(">I", 3)
-good[20:32] = struct.pack(">IQ", 16, 1 << 20)
-good[96:104] = struct.pack(">II", 4, 112)
-client.pwrite(bytes(good), 0)
+run_client server "$work/disk" <<'END'
+client.pwrite(image_header(), 0)
 client.pwrite(b"cached" * 500, 300001)
 client.zero(512, 0)
 client.pwrite(b"beside", 303001)
 client.pwrite(b"over", 300001)
 assert client.pread(3006, 300001) == b"over" + (b"cached" * 500)[4:] + b"beside"
-client.pwrite(bytes(good), 0)
+client.pwrite(image_header(), 0)
 client.pwrite(b"again", 303007)
 client.flush()
-stored = open(sys.argv[2], "rb").read()
-assert stored[300001:303012] == b"over" + (b"cached" * 500)[4:] + b"beside" + b"again"
+assert stored(arguments[0], 300001, 3011) == b"over" + (b"cached" * 500)[4:] + b"beside" + b"again"
 END
 stop_nbdkit server

@@ -17,22 +17,22 @@ large_requests ()
     start_nbdkit server --filter="$FILTER" "$@"
     python "$work/server.sock" "$work/disk" <<'END'
 import nbd, sys
+from nbd_clients import Model, connect, error_of, stored
+
 LARGE = 64 << 20
-client = nbd.NBD()
-client.set_strict_mode(0)
-client.connect_unix(sys.argv[1])
+client = connect(sys.argv[1], strict=False)
 size = client.get_size()
 end = size - LARGE
-model = bytearray(size)
+model = Model(bytearray(size))
 block = bytes(i * 7 % 251 + 1 for i in range(65521))
 data = (block * (LARGE // len(block) + 1))[:LARGE]
 
 def write(what, offset, flags=0):
     client.pwrite(what, offset, flags)
-    model[offset:offset + len(what)] = what
+    model.is_(offset, what)
 
 def same(offset, length):
-    assert client.pread(length, offset) == model[offset:offset + length], f"other bytes from {offset}"
+    model.same(client.pread(length, offset), offset, "read")
 
 write(b"a", 0)
 write(b"z", size - 1)
@@ -46,18 +46,13 @@ same(size - 1, 1)
 write(data, 511, nbd.CMD_FLAG_FUA)
 write(b"d", 512)
 client.zero(LARGE, end - 3)
-model[end - 3:size - 3] = bytes(LARGE)
+model.is_(end - 3, bytes(LARGE))
 write(b"e", end + 4097)
 same(end - 4, LARGE)
 same(0, LARGE)
-try:
-    client.pwrite(data, end + 1)
-except nbd.Error:
-    pass
-else:
-    raise SystemExit("a write behind the end succeeded")
+assert error_of(lambda: client.pwrite(data, end + 1)), "a write behind the end succeeded"
 client.flush()
-assert open(sys.argv[2], "rb").read() == model, "other bytes are stored"
+model.same(stored(sys.argv[2], 0, size), 0, "stored after a flush")
 client.shutdown()
 END
     stop_nbdkit server

@@ -19,6 +19,7 @@ start_nbdkit server --filter=log --filter="$FILTER" --filter=delay file "$work/d
     logfile="$work/arrived.log" wdelay=20ms qcowcache-size=1M
 python "$work/server.sock" "$rounds" "$work/arrived.log" <<'END'
 import nbd, os, random, signal, sys, time
+from nbd_clients import connect
 address, rounds, log = sys.argv[1], int(sys.argv[2]), open(sys.argv[3])
 random.seed(17)
 
@@ -30,11 +31,6 @@ def all_arrive(todo):
         missing = [each for each in missing if not (" Write id=" in line and each in line)]
         if not line:
             time.sleep(0.001)
-
-def connect():
-    client = nbd.NBD()
-    client.connect_unix(address)
-    return client
 
 def places():
     # No more than the server takes at once; some at odd places, some whole blocks.
@@ -48,7 +44,7 @@ class Silent:
         sent, self.sent = os.pipe()
         self.child = os.fork()
         if self.child == 0:
-            client = connect()
+            client = connect(address)
             for offset, size in todo:
                 client.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"o" * size)), offset)
             os.write(self.sent, b".")
@@ -63,14 +59,14 @@ class Silent:
         os.waitpid(self.child, 0)
         os.close(self.sent)
 
-filler = connect()
+filler = connect(address)
 reverted = torn = written = 0
 for round in range(rounds):
     for unit in range(400, 500):  # memory is full of others'
         filler.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"f" * 100)), unit << 16)
     todo = places()
     silent = Silent(todo)
-    client = connect()
+    client = connect(address)
     for offset, size in todo:
         client.pwrite(b"n" * size, offset)
     client.flush()

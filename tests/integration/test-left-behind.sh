@@ -20,13 +20,10 @@ idle_client ()
     start_nbdkit server --filter="$FILTER" file "$work/disk" qcowcache-expire="$1"
     shift
     mkfifo "$work/go-on"
-    python "$work/server.sock" "$work/written" "$work/go-on" <<'END' &
-import nbd, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+    run_client server "$work/written" "$work/go-on" <<'END' &
 client.pwrite(b"some bytes", 1000000)
-open(sys.argv[2], "w").close()
-open(sys.argv[3]).read()
+open(arguments[0], "w").close()
+open(arguments[1]).read()
 client.shutdown()
 END
     local client=$!

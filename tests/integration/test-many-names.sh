@@ -17,11 +17,10 @@ start_nbdkit names --filter="$FILTER" file "$work/disk" qcowcache-size=4M
 visit ()
 {
     python "$work/names.sock" "$@" <<'END'
-import nbd, struct, sys
+import struct, sys
+from nbd_clients import connect
 for number in range(int(sys.argv[2]), int(sys.argv[3])):
-    client = nbd.NBD()
-    client.set_export_name(f"{number:04d}" * 1023)
-    client.connect_unix(sys.argv[1])
+    client = connect(sys.argv[1], f"{number:04d}" * 1023)
     client.pwrite(b"here", 4 * 65536 + number * 5)
     client.pwrite(struct.pack(">Q", 1 << 62 | 8 * 65536 + number), 2 * 65536)
     client.shutdown()

@@ -41,12 +41,9 @@ scattered ()
     write_header "$work/target" 16
     start_nbdkit "$@"
     python "$work/$1.sock" <<'END'
-import nbd, sys
-clients = []
-for _ in range(2):
-    client = nbd.NBD()
-    client.connect_unix(sys.argv[1])
-    clients.append(client)
+import sys
+from nbd_clients import connect
+clients = [connect(sys.argv[1]) for _ in range(2)]
 for i in range(1, 2048):
     clients[i % 2].pwrite(b"some bytes" * 4000, i * 65536 + i * 7 % 20000)
     if i % 64 == 0:
@@ -65,10 +62,7 @@ pieces ()
     fresh_file "$work/target" 64M
     write_header "$work/target" 16
     start_nbdkit "$@"
-    python "$work/$1.sock" <<'END'
-import nbd, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+    run_client "$1" <<'END'
 def done(error):
     assert error.value == 0
     return 1

@@ -13,11 +13,8 @@ fill ()
     write_header "$work/disk" 16
     start_nbdkit slow --filter="$FILTER" --filter=log --filter=delay file "$work/disk" \
         logfile="$work/below.log" delay-write=20ms qcowcache-max-write="$1" qcowcache-writers=2
-    python "$work/slow.sock" <<'END'
-import nbd, random, sys
+    run_client slow <<'END'
 random.seed(1)
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
 for offset in range(1 << 20, 17 << 20, 8192):
     client.pwrite(random.randbytes(8192), offset)
 client.flush()

@@ -30,40 +30,10 @@ for minimum in 512 4096 64K; do
         fresh_file "$work/disk" $(((3 << 20) + 300))
         start_nbdkit server --filter="$FILTER" --filter=blocksize-policy --filter=log file "$work/disk" \
             "${policy[@]}" logfile="$work/below.log" "${parameters[@]}"
-        python "$work/server.sock" "$work/disk" <<'END'
-import nbd, random, sys
-random.seed(3)
-client = nbd.NBD()
-client.add_meta_context("base:allocation")
-client.connect_unix(sys.argv[1])
+        run_client server "$work/disk" <<'END'
 size = client.get_size()
 assert size == 3 << 20, f"size {size}"
-model = bytearray(size)
-for step in range(400):
-    length = random.choice([1, 2, 511, 513, 4095, 4096, 30000, 65536, 200000])
-    offset = random.choice([random.randrange(size - length), size - length])
-    kind = random.choice("wwwFzrrbct")
-    if kind in "wF":
-        data = random.randbytes(length)
-        client.pwrite(data, offset, nbd.CMD_FLAG_FUA if kind == "F" else 0)
-        model[offset:offset + length] = data
-    elif kind == "z":
-        client.zero(length, offset)
-        model[offset:offset + length] = bytes(length)
-    elif kind == "t":
-        client.trim(length, offset)
-        # Either content is right after a trim; from here on it is what was found.
-        model[offset:offset + length] = client.pread(length, offset)
-    elif kind == "b":
-        client.block_status(length, offset, lambda *ignored: 0)
-    elif kind == "c":
-        client.cache(length, offset)
-    else:
-        assert client.pread(length, offset) == model[offset:offset + length], f"step {step}"
-client.flush()
-assert client.pread(size, 0) == model
-with open(sys.argv[2], "rb") as stored:
-    assert stored.read(size) == model
+random_requests(Client(client, Model(bytearray(size)), random.Random(3), disk=arguments[0]), 400, first=0)
 END
         stop_nbdkit server
     done
@@ -77,23 +47,21 @@ for parameters in "" "qcowcache-cluster-size=64K" "qcowcache-cluster-size=2M"; d
         blocksize-minimum=512 blocksize-maximum=128K blocksize-error-policy=error "${more[@]}"
     python "$work/server.sock" "$work/disk" <<'END'
 import nbd, random, sys
+from nbd_clients import Model, connect, stored
 random.seed(4)
-client = nbd.NBD()
-client.set_strict_mode(0)
-client.connect_unix(sys.argv[1])
+model = Model(bytearray(16 << 20))
+client = connect(sys.argv[1], strict=False)
 data = random.randbytes(5 << 20)
 client.pwrite(data, 1001)
 client.pwrite(data, 6 << 20, nbd.CMD_FLAG_FUA)
-assert client.pread(5 << 20, 1001) == data
+model.is_(1001, data)
+model.is_(6 << 20, data)
+model.same(client.pread(5 << 20, 1001), 1001, "read")
 client.zero(3 << 20, 100003)
+model.is_(100003, bytes(3 << 20))
 client.flush()
-expected = bytearray(16 << 20)
-expected[1001:1001 + len(data)] = data
-expected[6 << 20:(6 << 20) + len(data)] = data
-expected[100003:100003 + (3 << 20)] = bytes(3 << 20)
-assert client.pread(16 << 20, 0) == expected
-with open(sys.argv[2], "rb") as stored:
-    assert stored.read() == expected
+model.same(client.pread(16 << 20, 0), 0, "read after a flush")
+model.same(stored(sys.argv[2], 0, 16 << 20), 0, "stored after a flush")
 END
     stop_nbdkit server
 done

@@ -22,7 +22,7 @@ else
 fi
 
 cat >"$work/client.py" <<'END'
-import gc, nbd, os, random, sys, threading
+import gc, nbd, random, sys, threading
 from nbd_clients import Client, Lane, Model, Ranges, Wrong, connect
 from qcow2 import image_header
 
@@ -33,12 +33,11 @@ first = connect(address)
 size = first.get_size()
 model = Model(bytearray(first.pread(size, 0)))
 ranges = Ranges(dice, size)
-file = os.open(disk, os.O_RDONLY)
 
 
 def new_client(number, connection=None):
     return Client(connection or connect(address), model, random.Random(dice.getrandbits(64)),
-                  f"connection {number}", lambda begin, end: os.pread(file, end - begin, begin))
+                  f"connection {number}", disk)
 
 
 clients = [new_client(0, first)] + [new_client(number) for number in range(1, int(connections))]

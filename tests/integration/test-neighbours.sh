@@ -11,8 +11,9 @@ make_uneven_plugin
 
 cat >"$work/clients.py" <<'END'
 """clients.py ADDRESS ENTERED KIND COUNT: the healthy export's client, beside COUNT of KIND."""
-import multiprocessing, os, signal, struct, sys, time
-import nbd
+import multiprocessing, os, signal, sys, time
+import nbd, nbd_clients
+from qcow2 import image_header
 
 address, entered, kind, count = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 SIZE = 65536
@@ -22,16 +23,9 @@ ROUNDS = 3
 # storage takes for it, so that how busy the machine is matters little.
 LIMIT = 20
 
-header = bytearray(112)
-header[0:8] = b"QFI\xfb" + struct.pack(">I", 3)
-header[20:32] = struct.pack(">IQ", 16, 1 << 20)
-header[96:104] = struct.pack(">II", 4, 112)
-
 def connect(name):
-    client = nbd.NBD()
-    client.set_export_name(name)
-    client.connect_unix(address)
-    client.pwrite(header, 0)
+    client = nbd_clients.connect(address, name)
+    client.pwrite(image_header(), 0)
     return client
 
 def bad(name):
@@ -88,7 +82,7 @@ print(f"beside {count} {kind}: {beside / alone:.2f} of the rate alone ({alone / 
 sys.stdout.flush()
 failed = beside < alone / 2 or worst > 0.5
 if not failed:
-    assert healthy.pread(112, 0) == header
+    assert healthy.pread(112, 0) == image_header()
 os._exit(1 if failed else 0)
 END
 

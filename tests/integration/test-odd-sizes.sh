@@ -10,9 +10,8 @@ use ()
 {
     python "$work/$1.sock" <<'END'
 import nbd, sys
-client = nbd.NBD()
-client.set_strict_mode(0)
-client.connect_unix(sys.argv[1])
+from nbd_clients import connect
+client = connect(sys.argv[1], strict=False)
 size = client.get_size()
 if size == 0:
     client.flush()

@@ -18,17 +18,12 @@ writes ()
     start_nbdkit server --filter="$FILTER" --filter=log file "$work/disk" logfile="$work/below.log" \
         qcowcache-expire=0 qcowcache-max-write=64K
     python "$work/server.sock" "$work/disk" "$1" <<'END'
-import nbd, sys
+import sys
+from nbd_clients import connect
 address, disk, onlooker = sys.argv[1:]
 
-def connect():
-    client = nbd.NBD()
-    client.add_meta_context("base:allocation")
-    client.connect_unix(address)
-    return client
-
 def looks():
-    client = connect()
+    client = connect(address)
     assert client.get_size() == 16 << 20
     if onlooker == "reads":
         client.pread(4096, 0)
@@ -41,7 +36,7 @@ def looks():
 def expected(step):
     return bytes([step % 250 + 1]) * 9001
 
-writer = connect()
+writer = connect(address)
 for step in range(1000):
     writer.pwrite(expected(step), (1 << 20) + step * 9001)
     if step % 3 == 0 and onlooker != "none":

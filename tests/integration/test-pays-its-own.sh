@@ -10,16 +10,11 @@ make_uneven_plugin
 mkfifo "$work/entered"
 start_nbdkit server --filter="$FILTER" "$uneven_plugin" "$work/entered" qcowcache-writers=0 qcowcache-expire=0
 python "$work/server.sock" "$work/entered" <<'END'
-import nbd, os, random, struct, sys
+import nbd, os, random, sys
+from nbd_clients import connect, image_header
 
 UNIT = 65536
 MOST = 40
-
-def connect():
-    client = nbd.NBD()
-    client.set_export_name("slow")
-    client.connect_unix(sys.argv[1])
-    return client
 
 # Storage says here that a write begins.
 entered = os.open(sys.argv[2], os.O_RDWR | os.O_NONBLOCK)
@@ -37,12 +32,8 @@ def unit(i):
     expected[i] = random.randbytes(UNIT)
     return expected[i]
 
-one, other = connect(), connect()
-header = bytearray(112)
-header[0:8] = b"QFI\xfb" + struct.pack(">I", 3)
-header[20:32] = struct.pack(">IQ", 16, 1 << 20)
-header[96:104] = struct.pack(">II", 4, 112)
-one.pwrite(header, 0)
+one, other = connect(sys.argv[1], "slow"), connect(sys.argv[1], "slow")
+one.pwrite(image_header(), 0)
 one.flush()
 writes_begun()
 

@@ -16,7 +16,8 @@ echo "SEED=$SEED"
 fresh_file "$work/disk" 8M
 start_nbdkit server --filter="$FILTER" file "$work/disk" qcowcache-expire=0
 python "$work/server.sock" "$work/disk" "$SEED" "$COUNT" <<'END' || fail "SEED=$SEED repeats it"
-import nbd, random, struct, sys
+import random, sys
+from nbd_clients import connect, image_header
 
 address, disk, seed, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 SIZE = 8 << 20
@@ -33,12 +34,7 @@ dice = random.Random(seed)
 seen = {True: 0, False: 0}
 
 def sound(version):
-    header = bytearray(512)
-    header[0:8] = struct.pack(">4sI", b"QFI\xfb", version)
-    header[20:32] = struct.pack(">IQ", 16, 1 << 30)
-    if version == 3:
-        header[96:104] = struct.pack(">II", 4, 112)
-    return header
+    return bytearray(image_header(16, version, 512))
 
 def field(header, name):
     position, width = FIELDS[name]
@@ -72,9 +68,7 @@ def try_header(header, what):
     cluster = cluster_size(header)
     seen[cluster is not None] += 1
     # A name that nobody used before: what is known of the others may still be in use.
-    client = nbd.NBD()
-    client.set_export_name(str(sum(seen.values())))
-    client.connect_unix(address)
+    client = connect(address, str(sum(seen.values())))
     for step in range(3):
         offset = dice.choice([512, 4095, 65500, 1 << 20, SIZE - 777]) + dice.randrange(400)
         data = dice.randbytes(dice.choice([1, 100, 377]))

@@ -47,10 +47,7 @@ start_nbdkit server -v --filter=retry --filter="$FILTER" --filter=log --filter=e
     retries=1 retry-delay=1 retry-readonly=yes logfile="$work/below.log" \
     error-pread-rate=100% error-pread-file="$work/refuses"
 is_waiting () { grep -q 'debug: retry 1: waiting' "$work/server.err"; }
-python "$work/server.sock" <<'END' &
-import nbd, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+run_client server <<'END' &
 client.pread(4096, 1 << 20)
 client.flush()
 client.shutdown()

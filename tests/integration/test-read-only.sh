@@ -17,9 +17,8 @@ refuses_writes ()
     qemu-img compare -q -f raw -F qcow2 "$work/source" "$(uri "$1")"
     python "$work/$1.sock" <<'END'
 import errno, nbd, sys
-client = nbd.NBD()
-client.set_strict_mode(0)
-client.connect_unix(sys.argv[1])
+from nbd_clients import connect
+client = connect(sys.argv[1], strict=False)
 for request in (lambda: client.pwrite(b"x" * 100, 5000),
                 lambda: client.zero(65536, 65536),
                 lambda: client.trim(65536, 65536)):

@@ -72,40 +72,28 @@ ${CC:-cc} -DNBDKIT_API_VERSION=2 -std=gnu11 -O2 -fPIC -shared -o "$work/damaging
 write_all ()
 {
     touch "$work/damages"
-    python "$work/$1.sock" "$work/damages" <<'END'
-import errno, nbd, os, random, struct, sys
-
+    run_client "$1" "$work/damages" <<'END'
 random.seed(7)
-header = bytearray(512)
-header[0:8] = b"QFI\xfb" + struct.pack(">I", 3)
-header[20:32] = struct.pack(">IQ", 16, 1 << 30)
-header[96:104] = struct.pack(">II", 4, 112)
 expected = bytearray(24 << 20)
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
 
 def write(data, position, flags=0):
     for attempt in range(100):
-        try:
-            client.pwrite(data, position, flags)
+        if not (error := error_of(lambda: client.pwrite(data, position, flags))):
             break
-        except nbd.Error as error:
-            assert error.errnum == errno.EIO, error.errno
+        assert error == "EIO", error
     expected[position:position + len(data)] = data
 
 failed = 0
 def flush():
     global failed
     for attempt in range(200):
-        try:
-            client.flush()
+        if not (error := error_of(client.flush)):
             return
-        except nbd.Error as error:
-            assert error.errnum == errno.EIO, error.errno
-            failed += 1
+        assert error == "EIO", error
+        failed += 1
     raise SystemExit("200 flushes failed")
 
-write(bytes(header), 0)
+write(image_header(length=512), 0)
 position = 65536
 while position < 20 << 20:
     data = random.randbytes(random.randrange(500, 60000))
@@ -121,10 +109,9 @@ while position < 20 << 20:
         flush()
 flush()
 client.shutdown()
-os.unlink(sys.argv[2])
+os.unlink(arguments[0])
 
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+client = connect(address)
 stored = b"".join(client.pread(1 << 20, i << 20) for i in range(24))
 print(failed, sum(a != b for a, b in zip(stored, expected)))
 END

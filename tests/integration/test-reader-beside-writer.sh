@@ -11,31 +11,23 @@ start_nbdkit server --filter="$FILTER" file "$work/disk" \
     qcowcache-cluster-size=64k qcowcache-size=1M
 
 python "$work/server.sock" <<'END'
-import nbd, random, sys
+import random, sys
+from nbd_clients import Model, Ranges, connect
 
-random.seed(7)
-writer = nbd.NBD()
-writer.connect_unix(sys.argv[1])
-reader = nbd.NBD()
-reader.connect_unix(sys.argv[1])
+dice = random.Random(7)
+writer = connect(sys.argv[1])
+reader = connect(sys.argv[1])
 size = writer.get_size()
-model = bytearray(size)
-position = 0
+model = Model(bytearray(size))
+ranges = Ranges(dice, size, first=0)
 for step in range(3000):
-    if random.random() < 0.8:
-        # As qcow2 clients do: mostly behind the last write.
-        offset = position
-    else:
-        offset = random.randrange(size)
-    length = min(random.choice([1, 300, 4096, 9001, 65536]), size - offset)
-    data = random.randbytes(length)
-    writer.pwrite(data, offset)
-    model[offset:offset + length] = data
-    position = (offset + length) % size
-    begin = max(0, offset - random.randrange(5000))
-    end = min(size, offset + length + random.randrange(5000))
-    assert reader.pread(end - begin, begin) == model[begin:end], f"step {step}: old bytes near {offset}"
-assert reader.pread(size, 0) == model
+    begin, end = ranges.some()
+    data = dice.randbytes(end - begin)
+    writer.pwrite(data, begin)
+    model.is_(begin, data)
+    begin, end = max(0, begin - dice.randrange(5000)), min(size, end + dice.randrange(5000))
+    model.same(reader.pread(end - begin, begin), begin, f"step {step}")
+model.same(reader.pread(size, 0), 0, "in the end")
 END
 
 # A second process reads while a conversion runs; it must neither disturb it nor fail.

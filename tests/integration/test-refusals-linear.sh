@@ -14,8 +14,9 @@ Prints what that cost: processor seconds of the first flush, of FLUSHES more, an
 leaving; and the longest that somebody waited for a read from memory during such a flush, and
 while a client left.
 """
-import errno, os, sys, threading, time
+import os, sys, threading, time
 import nbd
+from nbd_clients import connect
 
 address, server, error, full = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 mebibytes, flushes = int(sys.argv[5]), int(sys.argv[6])
@@ -30,11 +31,6 @@ def processor(work):
     before = used()
     work()
     return used() - before
-
-def connect():
-    client = nbd.NBD()
-    client.connect_unix(address)
-    return client
 
 units = mebibytes * 16
 while units % 7919 == 0:
@@ -70,7 +66,7 @@ def longest_read(work):
     thread.join()
     return waited[0]
 
-reader, *clients = [connect() for _ in range(3)]
+reader, *clients = [connect(address) for _ in range(3)]
 for client in clients:
     client.pwrite(b"read", 100)
 for i in range(units):

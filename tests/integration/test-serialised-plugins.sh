@@ -28,10 +28,7 @@ for model in requests all-requests connections; do
     fresh_file "$target" 48M
     start_nbdkit server --filter="$FILTER" --filter=noparallel file "$target" serialize="$model" \
         qcowcache-cluster-size=64k
-    python "$work/server.sock" <<'END'
-import nbd, os, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+    run_client server <<'END'
 for i in range(40):
     client.pwrite(bytes([i + 1]) * 4001, i * 150001)
 os._exit(0)

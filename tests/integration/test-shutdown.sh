@@ -30,14 +30,11 @@ for writers in 0 1 4; do
     write_header "$work/disk" 16
     start_nbdkit slow --filter="$FILTER" sh "$work/slow.sh" qcowcache-writers=$writers
     python "$work/slow.sock" "$work/expected" <<'END'
-import nbd, os, random, sys
+import os, random, sys
+from nbd_clients import connect
 random.seed(3)
 expected = bytearray(8 << 20)
-clients = []
-for _ in range(2):
-    client = nbd.NBD()
-    client.connect_unix(sys.argv[1])
-    clients.append(client)
+clients = [connect(sys.argv[1]) for _ in range(2)]
 for step, offset in enumerate(range(1 << 20, 6 << 20, 30011)):
     data = random.randbytes(30011)
     clients[step % 2].pwrite(data, offset)

@@ -12,18 +12,14 @@ write_header "$work/disk" 16
 echo 16M >"$work/size"
 start_nbdkit server --filter="$FILTER" --filter=log file "$work/disk" logfile="$work/below.log" \
     qcowcache-size-file="$work/size" qcowcache-size=1M qcowcache-expire=0
-python "$work/server.sock" "$work/size" "$work/disk" "$work/below.log" <<'END'
-import nbd, os, sys, time
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
-
+run_client server "$work/size" "$work/disk" "$work/below.log" <<'END'
 def hold(size):
-    with open(sys.argv[2] + ".new", "w") as file:
+    with open(arguments[0] + ".new", "w") as file:
         file.write(size)
-    os.rename(sys.argv[2] + ".new", sys.argv[2])
+    os.rename(arguments[0] + ".new", arguments[0])
 
 def stored(unit):
-    with open(sys.argv[3], "rb") as disk:
+    with open(arguments[1], "rb") as disk:
         disk.seek(unit << 16)
         return disk.read(4) == b"%04d" % unit
 
@@ -57,7 +53,7 @@ write(201)
 hold("16M")
 def cached():
     write(202)
-    with open(sys.argv[3], "rb") as disk:
+    with open(arguments[1], "rb") as disk:
         disk.seek(202 << 16)
         held = disk.read(4) == bytes(4)
     client.trim(65536, 202 << 16)

@@ -104,7 +104,7 @@ def agree(counts, above, stats):
     assert counts["fill_up_reads"] <= counts["storage_reads"]
     assert counts["merged_writes"] <= counts["storage_writes"]
 END
-export PYTHONPATH=$work PYTHONDONTWRITEBYTECODE=1
+PYTHONPATH+=:$work
 
 # start NAME FORM ARGUMENT...: with log above, stats below, and a report of this form
 start ()
@@ -191,10 +191,7 @@ echo "memory that runs out"
 fresh_file "$work/target" 64M
 write_header "$work/target" 16
 start server json file "$work/target" qcowcache-size=512K
-python "$work/server.sock" <<'END'
-import nbd, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+run_client server <<'END'
 for unit in range(1, 500):
     client.pwrite(b"part", unit * 65536)
 client.shutdown()
@@ -216,23 +213,20 @@ fresh_file "$work/target" 16M
 write_header "$work/target" 16
 start server json --filter=error file "$work/target" qcowcache-expire=0 \
     error-pwrite=ENOSPC error-pwrite-rate=100% error-pwrite-file="$work/full"
-python "$work/server.sock" "$work/full" <<'END'
-import nbd, os, sys
+run_client server "$work/full" <<'END'
 def refused(client):
     try:
         client.flush()
     except nbd.Error:
         return
     raise SystemExit("storage should have refused")
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
-open(sys.argv[2], "w").close()
+open(arguments[0], "w").close()
 client.pwrite(b"part" * 250, (1 << 20) + 17)
 refused(client)
 refused(client)
-os.unlink(sys.argv[2])
+os.unlink(arguments[0])
 client.flush()
-open(sys.argv[2], "w").close()
+open(arguments[0], "w").close()
 client.pwrite(b"gone" * 300, (2 << 20) + 17)
 client.pwrite(b"gone" * 300, (3 << 20) + 17)
 client.shutdown()
@@ -294,21 +288,18 @@ END
 echo "rewritten while nbdkit serves, without background writers, too"
 fresh_file "$work/target" 16M
 start server json file "$work/target" qcowcache-writers=0 qcowcache-stats-interval=1
-python "$work/server.sock" "$report.json" <<'END'
-import nbd, sys, time
+run_client server "$report.json" <<'END'
 from reports import from_json
 deadline = time.monotonic() + 60
 def wait_for(writes):
     while True:
         try:
-            if from_json(sys.argv[2])["total"]["client_writes"] == writes:
+            if from_json(arguments[0])["total"]["client_writes"] == writes:
                 return
         except FileNotFoundError:
             pass
         assert time.monotonic() < deadline, f"{writes} writes are not reported"
         time.sleep(0.02)
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
 wait_for(0)
 client.pwrite(b"x", 0)
 wait_for(1)

@@ -55,14 +55,8 @@ for writers in 4 0; do
         retries=1 retry-delay=1 qcowcache-expire=0 qcowcache-writers="$writers"
     python "$work/server.sock" "$work" <<'END' || fail "$writers writers: see above"
 import errno, nbd, os, sys
+from nbd_clients import connect
 address, work = sys.argv[1:]
-
-def connect(name):
-    client = nbd.NBD()
-    client.set_export_name(name)
-    client.add_meta_context("base:allocation")
-    client.connect_unix(address)
-    return client
 
 def stored(name, offset, length):
     with open(f"{work}/exports/{name}", "rb") as file:
@@ -82,13 +76,13 @@ def refused(request):
     else:
         raise SystemExit("a request succeeded though storage is down")
 
-healthy = connect("healthy")
+healthy = connect(address, "healthy")
 healthy.pwrite(b"healthy" * 100, 1 << 20)
 assert stored("healthy", 1 << 20, 1) == b"\0", "the test needs bytes that are not flushed"
 
 print("connects while storage is down")
 open(f"{work}/down", "w").close()
-down = connect("down")
+down = connect(address, "down")
 assert attempts() == 0, "connecting waits for retry"
 assert down.get_size() == 4 << 20 and not down.is_read_only()
 
@@ -106,7 +100,7 @@ assert stored("healthy", 1 << 20, 700) == b"healthy" * 100
 print("another client leaves without asking for anything, while storage is down")
 os.unlink(f"{work}/opened")
 before = attempts()
-onlooker = connect("down")
+onlooker = connect(address, "down")
 onlooker.shutdown()
 assert attempts() == before, "connecting waits for retry"
 

@@ -52,11 +52,8 @@ export STATE=$work
 # each_errno SERVER
 each_errno ()
 {
-    python "$work/$1.sock" "$work" <<'END'
-import errno, nbd, os, sys
-address, state = sys.argv[1:]
-client = nbd.NBD()
-client.connect_unix(address)
+    run_client "$1" "$work" <<'END'
+state, = arguments
 
 class Refusing:
     """Storage refuses requests of one kind, with one errno."""
@@ -153,20 +150,15 @@ for writers in 4 0; do
     echo ENOSPC >"$work/pwrite-bad"
     timeout 120 "$PYTHON" - "$work/server.sock" "$work" <<'END'
 import errno, nbd, os, sys
+from nbd_clients import connect
 address, state = sys.argv[1:]
-
-def connect(name):
-    client = nbd.NBD()
-    client.set_export_name(name)
-    client.connect_unix(address)
-    return client
 
 def stored(name, offset, length):
     with open(os.path.join(state, "disk-" + name), "rb") as file:
         file.seek(offset)
         return file.read(length)
 
-bad = connect("bad")
+bad = connect(address, "bad")
 taken = []
 for i in range(1, 60):
     try:
@@ -177,7 +169,7 @@ for i in range(1, 60):
         break
 assert len(taken) in range(4, 20), f"{len(taken)} units in 1 MiB"
 
-good = connect("good")
+good = connect(address, "good")
 for i in range(60):
     good.pwrite(bytes([i + 1]) * 700, i * 65536 + 9)
 good.flush()
@@ -186,7 +178,7 @@ for i in range(60):
 
 # The client of the full disk goes; the next one finds its bytes, and stores them when it can.
 bad.shutdown()
-bad = connect("bad")
+bad = connect(address, "bad")
 for i in taken:
     assert bad.pread(700, i * 65536 + 9) == bytes([i]) * 700, f"unit {i}"
 try:

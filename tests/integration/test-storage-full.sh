@@ -31,11 +31,8 @@ for writers in 4 0; do
     start_nbdkit server --filter="$FILTER" --filter=error file "$work/disk" \
         error-pwrite=ENOSPC error-pwrite-rate=100% error-pwrite-file="$work/full" \
         qcowcache-cluster-size=64K qcowcache-writers="$writers"
-    python "$work/server.sock" "$work/full" "$work/waits" "$work/go-on" "$units" <<'END' &
-import errno, nbd, sys
-address, full, waits, go_on, units = sys.argv[1:]
-client = nbd.NBD()
-client.connect_unix(address)
+    run_client server "$work/full" "$work/waits" "$work/go-on" "$units" <<'END' &
+full, waits, go_on, units = arguments
 open(full, "w").close()
 for i in range(int(units)):
     client.pwrite(bytes([i + 1]) * 1000, i * 131072 + 7)

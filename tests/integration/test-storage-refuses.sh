@@ -21,12 +21,8 @@ start ()
 start server
 python "$work/server.sock" "$work/disk" "$work/full" <<'END'
 import errno, nbd, os, sys
+from nbd_clients import connect
 address, disk, full = sys.argv[1:]
-
-def connect():
-    client = nbd.NBD()
-    client.connect_unix(address)
-    return client
 
 def refused(request):
     try:
@@ -41,7 +37,7 @@ def stored(offset, length):
         file.seek(offset)
         return file.read(length)
 
-client = connect()
+client = connect(address)
 open(full, "w").close()
 print("a write of part of a unit")
 client.pwrite(b"part" * 250, (1 << 20) + 17)
@@ -51,7 +47,7 @@ for _ in range(3):
 assert stored((1 << 20) + 17, 1000) == bytes(1000)
 
 print("another connection reads it, and gets the same answer when it adds to it")
-other = connect()
+other = connect(address)
 assert other.pread(1000, (1 << 20) + 17) == b"part" * 250
 refused(lambda: other.pwrite(b"more", (1 << 20) + 1017))
 refused(other.flush)
@@ -71,7 +67,7 @@ assert client.pread(4096, 8 << 20) == bytes(4096)
 
 print("the client leaves, and a later one finds everything")
 client.shutdown()
-client = connect()
+client = connect(address)
 assert client.pread(1004, (1 << 20) + 17) == b"part" * 250 + bytes(4)
 refused(client.flush)
 
@@ -89,8 +85,8 @@ echo "all memory is held by refused bytes: new writes get storage's answer"
 start server qcowcache-size=512K
 timeout 60 "$PYTHON" - "$work/server.sock" "$work/disk" "$work/full" <<'END'
 import errno, nbd, os, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+from nbd_clients import connect
+client = connect(sys.argv[1])
 open(sys.argv[3], "w").close()
 acknowledged = []
 refusals = 0
@@ -126,13 +122,10 @@ fresh_file "$work/disk" 16M
 start_nbdkit server --filter="$FILTER" --filter=error file "$work/disk" qcowcache-cluster-size=64K \
     error=EIO error-zero-rate=100% error-trim-rate=100% \
     error-zero-file="$work/full" error-trim-file="$work/full"
-python "$work/server.sock" "$work/disk" "$work/full" <<'END'
-import errno, nbd, os, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+run_client server "$work/disk" "$work/full" <<'END'
 client.pwrite(b"k" * 5000, 1 << 20)
 client.pwrite(b"l" * 65536, 2 << 20)
-open(sys.argv[3], "w").close()
+open(arguments[1], "w").close()
 for request in (lambda: client.zero(1 << 20, 1 << 20), lambda: client.trim(1 << 20, 1 << 20),
                 lambda: client.zero(65536, 2 << 20), lambda: client.trim(65536, 2 << 20)):
     try:
@@ -144,12 +137,12 @@ for request in (lambda: client.zero(1 << 20, 1 << 20), lambda: client.trim(1 << 
     assert client.pread(5000, 1 << 20) == b"k" * 5000
     assert client.pread(65536, 2 << 20) == b"l" * 65536
 client.flush()
-with open(sys.argv[2], "rb") as disk:
+with open(arguments[0], "rb") as disk:
     disk.seek(1 << 20)
     assert disk.read(5000) == b"k" * 5000
     disk.seek(2 << 20)
     assert disk.read(65536) == b"l" * 65536
-os.unlink(sys.argv[3])
+os.unlink(arguments[1])
 client.zero(1 << 20, 1 << 20)
 assert client.pread(5000, 1 << 20) == bytes(5000)
 END
@@ -157,11 +150,8 @@ stop_nbdkit server
 
 echo "the server ends before there is room: it says how much is lost"
 start server
-python "$work/server.sock" "$work/full" <<'END'
-import nbd, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
-open(sys.argv[2], "w").close()
+run_client server "$work/full" <<'END'
+open(arguments[0], "w").close()
 client.pwrite(b"gone" * 300, (1 << 20) + 17)
 client.pwrite(b"gone" * 300, (5 << 20) + 17)
 client.shutdown()
@@ -176,21 +166,15 @@ fresh_file "$work/disk" 4M
 start_nbdkit server --filter="$FILTER" --filter=error --filter=multi-conn file "$work/disk" \
     multi-conn-mode=disable qcowcache-cluster-size=64K \
     error-pwrite=ENOSPC error-pwrite-rate=100% error-pwrite-file="$work/full"
-python "$work/server.sock" "$work/full" <<'END'
-import nbd, os, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
-open(sys.argv[2], "w").close()
+run_client server "$work/full" <<'END'
+open(arguments[0], "w").close()
 client.pwrite(b"gone" * 300, (1 << 20) + 17)
 client.shutdown()
 END
 loss_is_reported () { grep -qi 'qcowcache.*\(lost\|not stored\)' "$work/server.err"; }
 wait_until 30 loss_is_reported || fail "not said that bytes are lost: $(cat "$work/server.err")"
 rm "$work/full"
-python "$work/server.sock" <<'END'
-import nbd, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+run_client server <<'END'
 assert client.pread(1200, (1 << 20) + 17) == bytes(1200)
 client.pwrite(b"next", (1 << 20) + 17)
 client.flush()

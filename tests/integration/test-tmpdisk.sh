@@ -11,38 +11,26 @@ start_nbdkit server --filter="$FILTER" tmpdisk 8M command='truncate -s $size "$d
     qcowcache-cluster-size=64k
 
 python "$work/server.sock" <<'END'
-import nbd, random, sys
+import random, sys
+from nbd_clients import Client, Model, Ranges, connect
 
-random.seed(1)
-clients = []
-models = []
-for i in range(4):
-    client = nbd.NBD()
-    client.connect_unix(sys.argv[1])
-    clients.append(client)
-    models.append(bytearray(client.get_size()))
+def disk(i):
+    """One connection, the first bytes of whose disk are compared."""
+    return Client(connect(sys.argv[1]), Model(bytearray(1 << 20)), random.Random(i), f"disk {i}")
 
+clients = [disk(i) for i in range(4)]
+ranges = [Ranges(client.dice, 1 << 20) for client in clients]
 for step in range(600):
-    i = random.randrange(4)
-    offset = random.randrange(1 << 20)
-    length = random.choice([1, 100, 4096, 5000, 65536, 70000])
+    i = step * 7 % 4
     if step % 50 == 49:
         clients[i].flush()
-    elif random.random() < 0.7:
-        data = bytes([i + 1]) * length
-        clients[i].pwrite(data, offset)
-        models[i][offset:offset + length] = data
     else:
-        found = clients[i].pread(length, offset)
-        assert found == models[i][offset:offset + length], f"disk {i} holds other bytes at {offset}"
+        clients[i].request(*ranges[i].some())
 
-clients[0].shutdown()
-for i in 1, 2, 3:
-    assert clients[i].pread(1 << 20, 0) == models[i][:1 << 20], f"disk {i} has changed"
-
-newcomer = nbd.NBD()
-newcomer.connect_unix(sys.argv[1])
-assert newcomer.pread(1 << 20, 0) == bytes(1 << 20), "a new disk is not empty"
+clients.pop(0).nbd.shutdown()
+for client in clients:
+    client.same(0, 1 << 20, "in the end")
+disk(4).same(0, 1 << 20, "a new disk is empty")
 END
 stop_nbdkit server
 
@@ -51,11 +39,8 @@ make_tar_image "$work/source" 4M
 convert "$work/source" "$work/prepared.qcow2" 64k zlib
 # shellcheck disable=SC2016
 start_nbdkit server --filter="$FILTER" tmpdisk 8M command='truncate -s $size "$disk"'
-python "$work/server.sock" "$work/prepared.qcow2" <<'END'
-import nbd, sys
-image = open(sys.argv[2], "rb").read()
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+run_client server "$work/prepared.qcow2" <<'END'
+image = open(arguments[0], "rb").read()
 for position in range(0, len(image), 7001):
     client.pwrite(image[position:position + 7001], position)
 client.flush()

@@ -43,16 +43,11 @@ done
 start_nbdkit server --filter="$FILTER" file dir="$work/exports" \
     qcowcache-cluster-size=64K qcowcache-size=512K
 timeout 120 "$PYTHON" - "$work/server.sock" <<'END' || fail "one export starves another one"
-import nbd, sys
+import sys
+from nbd_clients import connect
 
-def connect(name):
-    client = nbd.NBD()
-    client.set_export_name(name)
-    client.connect_unix(sys.argv[1])
-    return client
-
-idle = connect("idle")
-busy = connect("busy")
+idle = connect(sys.argv[1], "idle")
+busy = connect(sys.argv[1], "busy")
 for i in range(100):
     idle.pwrite(b"idle", i * 65536 + 11)
 for i in range(1000):

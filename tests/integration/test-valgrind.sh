@@ -20,12 +20,7 @@ clients ()
 {
     python "$work/server.sock" "$1" <<'END'
 import nbd, os, random, sys, threading
-
-def connect():
-    client = nbd.NBD()
-    client.add_meta_context("base:allocation")
-    client.connect_unix(sys.argv[1])
-    return client
+from nbd_clients import connect
 
 def work(number, client, steps):
     chosen = random.Random(number)
@@ -59,7 +54,7 @@ def work(number, client, steps):
         position += length
 
 for lives in range(2):
-    clients = [connect() for _ in range(5)]
+    clients = [connect(sys.argv[1]) for _ in range(5)]
     threads = [threading.Thread(target=work, args=(i, client, 30)) for i, client in enumerate(clients)]
     for thread in threads:
         thread.start()
@@ -75,7 +70,7 @@ accepted = 0
 for _ in range(50):
     if accepted:
         break
-    last = connect()
+    last = connect(sys.argv[1])
     try:
         for i in range(20):
             last.pwrite(b"left" * 100, (8 << 20) + i * 70001)
@@ -112,24 +107,15 @@ for type in zlib zstd; do
     convert "$work/source" "$(uri server)" 64k "$type" -W
 done
 ! grep qcowcache "$work/server.err" || fail "an alarm for a good image"
-python "$work/server.sock" <<'END'
-import nbd, struct, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
-l1, = struct.unpack(">Q", client.pread(8, 40))
-l2 = struct.unpack(">Q", client.pread(8, l1))[0] & 0x00fffffffffffe00
-entries = struct.unpack(">16Q", client.pread(128, l2))
-index, entry = next((i, entry) for i, entry in enumerate(entries) if entry >> 62 & 1)
-client.pwrite(bytes(8), l2 + 8 * index)
+run_client server <<'END'
+clusters = CompressedClusters(client.pread(client.get_size(), 0))
+index, entry = next(iter(clusters.entries.items()))
+client.pwrite(bytes(8), clusters.l2 + 8 * index)
 client.flush()
-client.pwrite(b"\xff" * 300, entry & (1 << 54) - 1)
-client.pwrite(struct.pack(">Q", entry), l2 + 8 * index)
-try:
-    client.flush()
-except nbd.Error:
-    client.shutdown()
-else:
-    raise SystemExit("a damaged cluster is not refused")
+client.pwrite(b"\xff" * 300, clusters.offset(entry))
+client.pwrite(struct.pack(">Q", entry), clusters.l2 + 8 * index)
+assert error_of(client.flush), "a damaged cluster is not refused"
+client.shutdown()
 END
 touch "$work/unreadable"
 clients "$work/full"

@@ -13,26 +13,20 @@ convert "$work/source" "$work/zstd.qcow2" 64k zstd
 
 # changes SOCKET IMAGE KIND: of the clusters of an image that has had a good flush
 cat >"$work/changes.py" <<'END'
-import errno, nbd, struct, sys
+import sys
+from nbd_clients import connect, error_of
+from qcow2 import CompressedClusters
 
 socket, image, kind = sys.argv[1:]
 good = open(image, "rb").read()
 good += bytes(-len(good) % 65536 + 65536)
-l1 = struct.unpack(">Q", good[40:48])[0]
-l2 = struct.unpack(">Q", good[l1:l1 + 8])[0] & 0x00fffffffffffe00
-streams = [entry & (1 << 54) - 1
-           for entry in struct.unpack(">8192Q", good[l2:l2 + 65536]) if entry >> 62 & 1]
-
-client = nbd.NBD()
-client.connect_unix(socket)
+streams = CompressedClusters(good).streams()
+client = connect(socket)
 
 def flush_succeeds():
-    try:
-        client.flush()
-        return True
-    except nbd.Error as error:
-        assert error.errnum == errno.EIO, error.string
-        return False
+    error = error_of(client.flush)
+    assert error in (None, "EIO"), error
+    return not error
 
 def upload(bytes):
     for begin in range(0, len(bytes), 65536):

@@ -29,22 +29,14 @@ stop_clean ()
 reads_of_data ()
 {
     python "$@" <<'END'
-import bisect, re, struct, sys
-image = open(sys.argv[1], "rb").read()
-bits, = struct.unpack(">I", image[20:24])
-l1_size, l1 = struct.unpack(">IQ", image[36:48])
-extended = struct.unpack(">I", image[4:8])[0] > 2 and struct.unpack(">Q", image[72:80])[0] & 16
-shift = 62 - (bits - 8)
+import bisect, re, sys
+from qcow2 import CompressedClusters
+clusters = CompressedClusters(open(sys.argv[1], "rb").read())
 streams = []
-for table, in struct.iter_unpack(">Q", image[l1:l1 + l1_size * 8]):
-    table &= 0x00fffffffffffe00
-    entries = struct.unpack(f">{(1 << bits) // 8}Q", image[table:table + (1 << bits)]) if table else ()
-    for entry in entries[::2 if extended else 1]:
-        if entry >> 62 & 1:
-            offset = entry & (1 << shift) - 1
-            more_sectors = entry >> shift & (1 << bits - 8) - 1
-            # Without the last sector, where something else may lie behind the stream.
-            streams.append((offset, max(offset // 512 + more_sectors, offset // 512 + 1) * 512))
+for entry in clusters.entries.values():
+    first = clusters.offset(entry) // 512
+    # Without the last sector, where something else may lie behind the stream.
+    streams.append((clusters.offset(entry), (first + max(clusters.more_sectors(entry), 1)) * 512))
 streams.sort()
 assert streams, "nothing in this image is compressed"
 ends = [end for _, end in streams]

@@ -16,41 +16,23 @@ convert "$work/source" "$work/extended.qcow2" 64k zlib -o extended_l2=on
 # damages SERVER MODE IMAGE OTHER TOGETHER: writes IMAGE, with so many damages at a time, and
 # repairs them one by one
 cat >"$work/damages.py" <<'END'
-import errno, nbd, random, struct, sys
+import random, struct, sys
+from nbd_clients import connect, error_of
+from qcow2 import CompressedClusters
 
 address, mode, image, other, together = sys.argv[1:]
 good = open(image, "rb").read()
 good += bytes(-len(good) % 65536 + 65536)
 random.seed(6)
-bits = struct.unpack(">I", good[20:24])[0]
-cluster = 1 << bits
-l1 = struct.unpack(">Q", good[40:48])[0]
-l2 = struct.unpack(">Q", good[l1:l1 + 8])[0] & 0x00fffffffffffe00
-width = 16 if struct.unpack(">Q", good[72:80])[0] & 16 else 8
-shift = 62 - (bits - 8)
-
-entries = {}
-for index in range(cluster // width):
-    entry = struct.unpack(">Q", good[l2 + index * width:l2 + index * width + 8])[0]
-    if entry >> 62 & 1:
-        entries[index] = entry
+clusters = CompressedClusters(good)
+cluster, l2, width, entries, place = clusters.cluster, clusters.l2, clusters.width, clusters.entries, clusters.place
 assert len(entries) > 20, "hardly anything in this image is compressed"
-
-def place(entry):
-    offset = entry & (1 << shift) - 1
-    length = ((entry >> shift & (1 << bits - 8) - 1) + 1) * 512 - offset % 512
-    return offset, length
-
-client = nbd.NBD()
-client.connect_unix(address)
+client = connect(address)
 
 def flush_succeeds():
-    try:
-        client.flush()
-        return True
-    except nbd.Error as error:
-        assert error.errnum == errno.EIO, error.errno
-        return False
+    error = error_of(client.flush)
+    assert error in (None, "EIO"), error
+    return not error
 
 def put(entry, index):
     client.pwrite(struct.pack(">Q", entry), l2 + index * width)
@@ -95,20 +77,16 @@ def damage(what, index):
         publish(index, before=original, after=b"\xff" * length)
     elif what == "a sector short":
         # The last one holds the last byte of the stream, if not more.
-        assert entries[index] >> shift & (1 << bits - 8) - 1 > 0, "this cluster has one sector"
-        publish(index, entry=entries[index] - (1 << shift))
+        assert clusters.more_sectors(entries[index]) > 0, "this cluster has one sector"
+        publish(index, entry=clusters.with_a_sector_less(entries[index]))
     elif what == "a byte off":
         publish(index, entry=entries[index] + 1)
     elif what == "the other codec":
         foreign = open(other, "rb").read()
-        other_l1 = struct.unpack(">Q", foreign[40:48])[0]
-        other_l2 = struct.unpack(">Q", foreign[other_l1:other_l1 + 8])[0] & 0x00fffffffffffe00
-        foreign_entry = next(e for e in struct.unpack(">8192Q", foreign[other_l2:other_l2 + 65536]) if e >> 62 & 1)
-        begin = foreign_entry & (1 << shift) - 1
+        begin = CompressedClusters(foreign).streams()[0]
         publish(index, before=foreign[begin:begin + length])
     else:
-        size = client.get_size()
-        publish(index, entry=(entries[index] >> shift << shift) | (size + 512))
+        publish(index, entry=clusters.at(entries[index], client.get_size() + 512))
 
 def repair(index):
     offset, length = place(entries[index])
@@ -180,14 +158,9 @@ damaged_image zstd error 4
 echo "what a connection leaves behind unchecked is checked at its end"
 fresh_file "$work/disk" 16M
 start_nbdkit server --filter="$FILTER" file "$work/disk" qcowcache-verify=warn
-python "$work/server.sock" "$work/zlib.qcow2" <<'END'
-import nbd, struct, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
-good = bytearray(open(sys.argv[2], "rb").read())
-l1 = struct.unpack(">Q", good[40:48])[0]
-l2 = struct.unpack(">Q", good[l1:l1 + 8])[0] & 0x00fffffffffffe00
-offset = next(e for e in struct.unpack(">8192Q", good[l2:l2 + 65536]) if e >> 62 & 1) & (1 << 54) - 1
+run_client server "$work/zlib.qcow2" <<'END'
+good = bytearray(open(arguments[0], "rb").read())
+offset = CompressedClusters(good).streams()[0]
 good[offset:offset + 300] = b"\xff" * 300
 for begin in range(0, len(good), 65536):
     client.pwrite(bytes(good[begin:begin + 65536]), begin)
@@ -201,39 +174,25 @@ echo "a later connection is told, too, until the damage is repaired"
 fresh_file "$work/disk" 16M
 start_nbdkit server --filter="$FILTER" file "$work/disk" qcowcache-verify=error
 python "$work/server.sock" "$work/zlib.qcow2" <<'END'
-import errno, nbd, struct, sys
-
-def connect():
-    client = nbd.NBD()
-    client.connect_unix(sys.argv[1])
-    return client
-
-def refused(client):
-    try:
-        client.flush()
-    except nbd.Error as error:
-        assert error.errnum == errno.EIO, error.errno
-        return True
-    return False
+import sys
+from nbd_clients import CompressedClusters, connect, error_of
 
 good = open(sys.argv[2], "rb").read()
-l1 = struct.unpack(">Q", good[40:48])[0]
-l2 = struct.unpack(">Q", good[l1:l1 + 8])[0] & 0x00fffffffffffe00
-offset = next(e for e in struct.unpack(">8192Q", good[l2:l2 + 65536]) if e >> 62 & 1) & (1 << 54) - 1
-client = connect()
+offset = CompressedClusters(good).streams()[0]
+client = connect(sys.argv[1])
 for begin in range(0, len(good), 65536):
     client.pwrite(good[begin:begin + 65536], begin)
 client.pwrite(b"\xff" * 300, offset)
 client.shutdown()
 for _ in range(2):
-    client = connect()
-    assert refused(client), "a later connection's flush succeeds"
+    client = connect(sys.argv[1])
+    assert error_of(client.flush) == "EIO", "a later connection's flush succeeds"
     client.shutdown()
-client = connect()
+client = connect(sys.argv[1])
 client.pwrite(good[offset:offset + 300], offset)
-assert not refused(client), "repaired, but flush fails"
+client.flush()
 client.shutdown()
-assert not refused(connect())
+connect(sys.argv[1]).flush()
 END
 stop_nbdkit server
 image_holds "$work/disk" "$work/source"

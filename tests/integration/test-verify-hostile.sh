@@ -16,7 +16,8 @@ set -e
 #   good, bad   one flush has to say that the streams are, with WHAT=bad broken
 #   endless     one check after the other, until it is killed
 cat >"$work/hostile.py" <<'END'
-import errno, nbd, struct, sys, time, zlib
+import struct, sys, time, zlib
+from nbd_clients import connect, error_of, image_header
 
 socket, export, l1_entries, bombs, what = sys.argv[1:]
 l1_entries, bombs = int(l1_entries), int(bombs)
@@ -31,40 +32,25 @@ assert len(stream) < apart
 if what == "bad":
     stream = stream[:1000] + b"\xff" * (len(stream) - 1000)
 
-header = bytearray(112)
-header[0:8] = struct.pack(">II", 0x514649fb, 3)
-header[20:32] = struct.pack(">IQ", 21, count * cluster)
-header[36:48] = struct.pack(">IQ", l1_entries, l1)
-header[96:104] = struct.pack(">II", 4, 112)
 sectors = (len(stream) - 1) // 512
 shift = 62 - (21 - 8)
 entries = b"".join(struct.pack(">Q", 1 << 62 | sectors << shift | data + i % bombs * apart)
                    for i in range(count))
 
-client = nbd.NBD()
-client.set_export_name(export)
-client.connect_unix(socket)
-client.pwrite(header, 0)
+client = connect(socket, export)
+client.pwrite(image_header(21, size=count * cluster, l1=(l1_entries, l1)), 0)
 region = stream.ljust(apart, b"\0") * bombs
 for begin in range(0, len(region), cluster):
     # Whole clusters, and so nobody takes them for streams before they are checked.
     client.pwrite(region[begin:begin + cluster].ljust(cluster, b"\0"), data + begin)
 client.pwrite(struct.pack(">Q", l2) * l1_entries, l1)
 
-def flush():
-    try:
-        client.flush()
-        return "good"
-    except nbd.Error as error:
-        assert error.errnum == errno.EIO, error.string
-        return "bad"
-
 began = time.monotonic()
 while True:
     client.pwrite(entries, l2)
     print("checks", flush=True)
-    said = flush()
-    assert what == "endless" or said == what, f"the flush says {said}"
+    said = error_of(client.flush)
+    assert what == "endless" or said == {"good": None, "bad": "EIO"}[what], f"the flush says {said}"
     if what != "endless":
         break
     client.pwrite(bytes(cluster), l2)
@@ -171,28 +157,18 @@ done
 echo "a client that goes on writing to a damaged cluster delays nobody's flush"
 serve
 python "$work/server.sock" <<'END'
-import errno, nbd, struct, sys, threading, time
+import struct, sys, threading, time
+from nbd_clients import connect, error_of, image_header
 
-def connect():
-    client = nbd.NBD()
-    client.set_export_name("h1")
-    client.connect_unix(sys.argv[1])
-    return client
-
-client = connect()
-header = bytearray(112)
-header[0:8] = struct.pack(">II", 0x514649fb, 3)
-header[20:32] = struct.pack(">IQ", 16, 8192 * 65536)
-header[36:48] = struct.pack(">IQ", 1, 65536)
-header[96:104] = struct.pack(">II", 4, 112)
-client.pwrite(header, 0)
+client = connect(sys.argv[1], "h1")
+client.pwrite(image_header(size=8192 * 65536, l1=(1, 65536)), 0)
 client.pwrite(struct.pack(">Q", 131072), 65536)
 client.pwrite(struct.pack(">Q", 1 << 62 | 255 << 54 | 196608), 131072)
 ended = False
 writes = 0
 def rewrite():
     global writes
-    other = connect()
+    other = connect(sys.argv[1], "h1")
     while not ended:
         other.pwrite(b"\xff" * 60000, 196608)
         writes += 1
@@ -202,11 +178,7 @@ for thread in threads:
 while writes < 100:
     time.sleep(0.01)
 begin = time.monotonic()
-try:
-    client.flush()
-    raise SystemExit("the flush succeeds")
-except nbd.Error as error:
-    assert error.errnum == errno.EIO, error.string
+assert error_of(client.flush) == "EIO", "the flush succeeds"
 took = time.monotonic() - begin
 ended = True
 for thread in threads:

@@ -10,14 +10,14 @@ set -e
 
 # upload.py SOCKET IMAGE PIECES: of 32, with a flush after each
 cat >"$work/upload.py" <<'END'
-import errno, nbd, sys, time
+import sys, time
+from nbd_clients import connect
 
 socket, image, pieces = sys.argv[1:]
 good = open(image, "rb").read()
 good += bytes(-len(good) % 512)
 piece = -(-len(good) // 32 // 512) * 512
-client = nbd.NBD()
-client.connect_unix(socket)
+client = connect(socket)
 began = time.monotonic()
 for number in range(int(pieces)):
     if part := good[number * piece:(number + 1) * piece]:
@@ -61,13 +61,12 @@ cp "$work/zlib.qcow2" "$work/whole"
 # The entries come first: so nearly all of them are awaited.
 python "$work/whole" "$work/first" <<'END'
 import struct, sys
+from qcow2 import CompressedClusters
 image = bytearray(open(sys.argv[1], "rb").read())
-l1 = struct.unpack(">Q", image[40:48])[0]
-l2 = struct.unpack(">Q", image[l1:l1 + 8])[0] & 0x00fffffffffffe00
-table = image[l2:l2 + 65536]
+found = CompressedClusters(image)
 # A table in place of the refcounts, which nobody looks at here.
-image[131072:131072 + 65536] = table
-image[l1:l1 + 8] = struct.pack(">Q", 131072)
+image[131072:131072 + 65536] = image[found.l2:found.l2 + 65536]
+image[found.l1:found.l1 + 8] = struct.pack(">Q", 131072)
 open(sys.argv[2], "wb").write(image)
 END
 "$PYTHON" "$work/upload.py" "$work/server.sock" "$work/first" 20
@@ -84,16 +83,9 @@ stop_nbdkit server
 echo "a header that nobody can open"
 cp "$work/zlib.qcow2" "$work/disk"
 start_nbdkit server --filter="$FILTER" file "$work/disk" qcowcache-verify=error
-python "$work/server.sock" <<'END'
-import errno, nbd, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+run_client server <<'END'
 client.pwrite(b"\1", 104)
-try:
-    client.flush()
-    raise SystemExit("the flush succeeds")
-except nbd.Error as error:
-    assert error.errnum == errno.EIO, error.string
+assert error_of(client.flush) == "EIO", "the flush succeeds"
 client.pwrite(b"\0", 104)
 client.flush()
 client.shutdown()

@@ -10,10 +10,7 @@ fresh_file "$work/disk" 134218251
 write_header "$work/disk" 16
 start_nbdkit server --filter="$FILTER" --filter=log file "$work/disk" logfile="$work/below.log" \
     qcowcache-reserve=0 # for which a request may be larger
-python "$work/server.sock" "$work/disk" <<'END'
-import nbd, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+run_client server "$work/disk" <<'END'
 size = client.get_size()
 
 print("ragged ends of a zero")
@@ -51,7 +48,7 @@ assert client.pread(4500, 20 << 20) == bytes(4500)
 assert client.pread(9000, size - 9000) == bytes(9000)
 client.trim(size - (10 << 20), 10 << 20)
 client.flush()
-stored = open(sys.argv[2], "rb")
+stored = open(arguments[0], "rb")
 stored.seek(1 << 20)
 assert stored.read(300000) == expected
 END
@@ -62,10 +59,7 @@ awk '$4 == "Zero" || $4 == "Trim" { sub(/count=0x/, "", $7); if (length($7) > 7 
 
 echo "fast zeros"
 start_nbdkit server --filter="$FILTER" memory 64M qcowcache-cluster-size=64K
-python "$work/server.sock" <<'END'
-import errno, nbd, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+run_client server <<'END'
 assert client.can_fast_zero()
 FAST = nbd.CMD_FLAG_FAST_ZERO
 client.pwrite(b"q" * 200000, 1 << 20)
@@ -95,10 +89,7 @@ stop_nbdkit server
 echo "storage without fast zeros says so"
 fresh_file "$work/disk" 4M
 start_nbdkit server --filter="$FILTER" --filter=nozero file "$work/disk" fastzeromode=none qcowcache-cluster-size=64K
-python "$work/server.sock" <<'END'
-import nbd, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+run_client server <<'END'
 assert not client.can_fast_zero()
 client.pwrite(b"r" * 5000, 70000)
 client.zero(5000, 70000)
@@ -110,16 +101,13 @@ echo "storage that cannot zero or trim at all"
 for lean in "zeromode=none" "zeromode=emulate" "zeromode=notrim"; do
     fresh_file "$work/disk" 4M
     start_nbdkit server --filter="$FILTER" --filter=nozero file "$work/disk" "$lean" qcowcache-cluster-size=64K
-    python "$work/server.sock" "$work/disk" <<'END'
-import nbd, sys
-client = nbd.NBD()
-client.connect_unix(sys.argv[1])
+    run_client server "$work/disk" <<'END'
 client.pwrite(b"s" * (1 << 20), 12345)
 client.zero(500001, 100003)
 expected = b"s" * (100003 - 12345) + bytes(500001) + b"s" * ((1 << 20) - 500001 - (100003 - 12345))
 assert client.pread(1 << 20, 12345) == expected
 client.flush()
-with open(sys.argv[2], "rb") as stored:
+with open(arguments[0], "rb") as stored:
     stored.seek(12345)
     assert stored.read(1 << 20) == expected
 END
