@@ -6,64 +6,7 @@
 source "$(dirname "$0")/functions.sh"
 set -e
 
-# A disk in memory; after every 100 000 bytes that it has stored one is wrong,
-# for as long as the file that "damages" names exists.
-cat >"$work/damaging.c" <<'END'
-#include <nbdkit-plugin.h>
-#include <pthread.h>
-#include <string.h>
-#include <unistd.h>
-
-#define THREAD_MODEL NBDKIT_THREAD_MODEL_PARALLEL
-enum { size = 24 << 20, one_in = 100000 };
-static unsigned char disk[size];
-static uint64_t stored;
-static const char *trigger;
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-
-static int damaging_config (const char *key, const char *value)
-{
-  if (strcmp (key, "damages") == 0)
-    trigger = value;
-  return 0;
-}
-static void *damaging_open (int readonly) { return NBDKIT_HANDLE_NOT_NEEDED; }
-static int64_t damaging_get_size (void *handle) { return size; }
-static int damaging_can_multi_conn (void *handle) { return 1; }
-static int damaging_pread (void *handle, void *buffer, uint32_t count, uint64_t offset, uint32_t flags)
-{
-  pthread_mutex_lock (&lock);
-  memcpy (buffer, disk + offset, count);
-  pthread_mutex_unlock (&lock);
-  return 0;
-}
-static int damaging_pwrite (void *handle, const void *buffer, uint32_t count, uint64_t offset, uint32_t flags)
-{
-  const int damages = access (trigger, F_OK) == 0;
-  pthread_mutex_lock (&lock);
-  memcpy (disk + offset, buffer, count);
-  for (uint64_t next = (stored / one_in + 1) * one_in - stored; damages && next <= count; next += one_in)
-    disk[offset + next - 1] ^= 0x10;
-  stored += count;
-  pthread_mutex_unlock (&lock);
-  return 0;
-}
-static int damaging_flush (void *handle, uint32_t flags) { return 0; }
-
-static struct nbdkit_plugin plugin = {
-  .name = "damaging",
-  .config = damaging_config,
-  .open = damaging_open,
-  .get_size = damaging_get_size,
-  .can_multi_conn = damaging_can_multi_conn,
-  .pread = damaging_pread,
-  .pwrite = damaging_pwrite,
-  .flush = damaging_flush,
-};
-NBDKIT_REGISTER_PLUGIN (plugin)
-END
-${CC:-cc} -DNBDKIT_API_VERSION=2 -std=gnu11 -O2 -fPIC -shared -o "$work/damaging.so" "$work/damaging.c" ||
-    fail "there is no C compiler, or nbdkit's headers are missing: ./bootstrap installs them"
+make_uneven_plugin
 
 # write_all SERVER: compressed clusters as qemu writes them, and others in
 # between; flushes until all is stored, then looks at what storage has once it
@@ -120,7 +63,7 @@ END
 reported () { grep -c 'qcowcache: .*other bytes than were written' "$work/$1.err" || :; }
 
 echo "without it nobody notices"
-start_nbdkit server --filter="$FILTER" "$work/damaging.so" damages="$work/damages"
+start_nbdkit server --filter="$FILTER" "$uneven_plugin" kind=damaging damages="$work/damages"
 read -r failed wrong <<<"$(write_all server)"
 stop_nbdkit server
 [ "$wrong" -gt 0 ] || fail "the plugin does no damage: this test proves nothing"
@@ -128,7 +71,7 @@ stop_nbdkit server
 
 for writers in 4 0; do
     echo "with it every damage is found, and in the end all is stored: qcowcache-writers=$writers"
-    start_nbdkit server --filter="$FILTER" "$work/damaging.so" damages="$work/damages" \
+    start_nbdkit server --filter="$FILTER" "$uneven_plugin" kind=damaging damages="$work/damages" \
         qcowcache-readback=true "qcowcache-writers=$writers"
     read -r failed wrong <<<"$(write_all server)"
     stop_nbdkit server

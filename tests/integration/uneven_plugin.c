@@ -5,10 +5,14 @@
  *   slow      2 MB in a second, one write after the other
  *   healthy   250 MB in a second, one write after the other
  *   refusing  not, from the second mebibyte on: ENOSPC
+ *   late      after a random time, as it does with each request
+ *   damaging  wrongly: of every 100 000 bytes one, for as long as the file of damages=FILE exists
  *
+ * kind=NAME is the name of the export without one.
  * With entered=FILE a byte is added to that file, which may be a pipe, when a write begins that
  * will not end at once.
  */
+#define _GNU_SOURCE
 #define NBDKIT_API_VERSION 2
 #include <nbdkit-plugin.h>
 
@@ -26,28 +30,44 @@
 #define GOOD_BYTES (1 << 20)
 #define SLOW_BYTES_PER_SECOND 2e6
 #define HEALTHY_BYTES_PER_SECOND 250e6
+#define MOST_LATE_MICROSECONDS 16000
+#define BYTES_PER_DAMAGE 100000
 
 struct disk {
   char* name;
   char* bytes;
   pthread_mutex_t one_at_a_time;
+  uint64_t written;
 };
 
 static struct disk disks[MOST_DISKS];
 static pthread_mutex_t disks_lock = PTHREAD_MUTEX_INITIALIZER;
 static const char* entered;
+static const char* kind = "";
+static const char* damages;
 
 static int uneven_config(const char* key, const char* value) {
-  if (strcmp(key, "entered") != 0) {
+  if (strcmp(key, "entered") == 0) {
+    entered = value;
+  } else if (strcmp(key, "kind") == 0) {
+    kind = value;
+  } else if (strcmp(key, "damages") == 0) {
+    damages = value;
+  } else {
     nbdkit_error("unknown parameter '%s'", key);
     return -1;
   }
-  entered = value;
   return 0;
+}
+
+static int is(const struct disk* disk, const char* what) {
+  return strncmp(disk->name, what, strlen(what)) == 0;
 }
 
 static void* uneven_open(int readonly) {
   const char* name = nbdkit_export_name();
+  if (*name == '\0')
+    name = kind;
   struct disk* found = NULL;
   (void)readonly;
   pthread_mutex_lock(&disks_lock);
@@ -78,10 +98,20 @@ static int uneven_can_multi_conn(void* handle) {
   return 1;
 }
 
+static void be_late(const struct disk* disk) {
+  static __thread unsigned seed;
+  if (!is(disk, "late"))
+    return;
+  if (seed == 0)
+    seed = (unsigned)gettid();
+  usleep((useconds_t)(rand_r(&seed) % MOST_LATE_MICROSECONDS));
+}
+
 static int uneven_pread(void* handle, void* buffer, uint32_t count, uint64_t offset,
                         uint32_t flags) {
   const struct disk* disk = handle;
   (void)flags;
+  be_late(disk);
   memcpy(buffer, disk->bytes + offset, count);
   return 0;
 }
@@ -104,34 +134,48 @@ static void take_time(struct disk* disk, double seconds) {
   pthread_mutex_unlock(&disk->one_at_a_time);
 }
 
+static void damage(struct disk* disk, uint32_t count, uint64_t offset) {
+  const int damaging = access(damages, F_OK) == 0;
+  pthread_mutex_lock(&disk->one_at_a_time);
+  const uint64_t begin = disk->written;
+  disk->written += count;
+  pthread_mutex_unlock(&disk->one_at_a_time);
+  for (uint64_t next = (begin / BYTES_PER_DAMAGE + 1) * BYTES_PER_DAMAGE;
+       damaging && next <= begin + count; next += BYTES_PER_DAMAGE)
+    disk->bytes[offset + (next - begin) - 1] ^= 0x10;
+}
+
 static int uneven_pwrite(void* handle, const void* buffer, uint32_t count, uint64_t offset,
                          uint32_t flags) {
   struct disk* disk = handle;
   const int good = offset + count <= GOOD_BYTES;
   (void)flags;
-  if (!good && strncmp(disk->name, "hung", 4) == 0) {
+  if (!good && is(disk, "hung")) {
     note_entered();
     for (;;)
       pause();
   }
-  if (!good && strncmp(disk->name, "refusing", 8) == 0) {
+  if (!good && is(disk, "refusing")) {
     note_entered();
     nbdkit_set_error(ENOSPC);
     return -1;
   }
-  if (!good && strncmp(disk->name, "slow", 4) == 0) {
+  if (!good && is(disk, "slow")) {
     note_entered();
     take_time(disk, count / SLOW_BYTES_PER_SECOND);
   }
-  if (!good && strncmp(disk->name, "healthy", 7) == 0)
+  if (!good && is(disk, "healthy"))
     take_time(disk, count / HEALTHY_BYTES_PER_SECOND);
+  be_late(disk);
   memcpy(disk->bytes + offset, buffer, count);
+  if (is(disk, "damaging"))
+    damage(disk, count, offset);
   return 0;
 }
 
 static int uneven_flush(void* handle, uint32_t flags) {
-  (void)handle;
   (void)flags;
+  be_late(handle);
   return 0;
 }
 
