@@ -18,20 +18,14 @@ for mode in native none emulate; do
     # Background writers would mix requests of their own into the log.
     start_nbdkit server --filter="$FILTER" --filter=log "${below[@]:0:1}" file "$work/disk" \
         "${below[@]:1}" logfile="$work/below.log" qcowcache-writers=0
-    python "$work/server.sock" "$work/disk" "$work/below.log" <<'END'
-import nbd, random, re, sys
-from nbd_clients import connect
+    run_client server "$work/disk" "$work/below.log" <<'END'
+import re
+disk, log = arguments
 random.seed(11)
-first = connect(sys.argv[1])
-second = connect(sys.argv[1])
-size = first.get_size()
+clients = client, connect(address)
+size = client.get_size()
 
-def stored(offset, length):
-    with open(sys.argv[2], "rb") as disk:
-        disk.seek(offset)
-        return disk.read(length)
-
-log = open(sys.argv[3])
+log = open(log)
 def requests_since():
     return [line for line in log.read().splitlines() if line.endswith("...")]
 
@@ -45,7 +39,7 @@ def assert_made_durable(requests, what):
 
 cached = {}
 for step in range(150):
-    client = random.choice((first, second))
+    client = random.choice(clients)
     length = random.choice([1, 700, 4096, 30000, 65536, 150000])
     offset = random.choice([random.randrange(4096, size - length), size - length])
     data = random.randbytes(length)
@@ -61,7 +55,7 @@ for step in range(150):
         client.flush()
         assert any(" Flush " in line for line in requests_since()), "storage has not been flushed"
         for at, expected in cached.items():
-            assert stored(at, len(expected)) == expected, f"not stored when flushed: {at}"
+            assert stored(disk, at, len(expected)) == expected, f"not stored when flushed: {at}"
         cached.clear()
     else:
         requests_since()
@@ -70,7 +64,7 @@ for step in range(150):
         else:
             data = bytes(length)
             client.zero(length, offset, nbd.CMD_FLAG_FUA)
-        assert stored(offset, length) == data, f"{kind}: not stored when acknowledged: {offset}+{length}"
+        assert stored(disk, offset, length) == data, f"{kind}: not stored when acknowledged: {offset}+{length}"
         requests = requests_since()
         assert_made_durable(requests, kind)
         for other in list(cached):
@@ -103,7 +97,7 @@ kill -KILL "$client"
 end_of_nbdkit server
 python "$work/disk" <<'END'
 import sys
-stored = open(sys.argv[1], "rb").read()
+from nbd_clients import stored
 for i in range(30):
-    assert stored[100003 * i + 7:100003 * i + 3008] == bytes([i + 1]) * 3001, f"write {i} is lost"
+    assert stored(sys.argv[1], 100003 * i + 7, 3001) == bytes([i + 1]) * 3001, f"write {i} is lost"
 END

@@ -9,10 +9,7 @@ set -e
 fresh_file "$work/disk" 16M
 write_header "$work/disk" 16
 start_nbdkit server --filter="$FILTER" file "$work/disk"
-python "$work/server.sock" "$work/disk" <<'END'
-import nbd, sys
-from nbd_clients import connect
-
+run_client server <<'END'
 def data_bytes(client):
     """Offsets of all extents that may hold something, as (begin, end)."""
     found = []
@@ -35,8 +32,7 @@ def shows(client, offset, length):
         remaining -= set(range(max(begin, offset), min(end, offset + length)))
     return not remaining
 
-client = connect(sys.argv[1])
-other = connect(sys.argv[1])
+other = connect(address)
 
 client.pwrite(b"x" * 1000, (1 << 20) + 77)
 client.pwrite(b"y" * 70000, 5 << 20)

@@ -19,7 +19,7 @@ writes ()
         qcowcache-expire=0 qcowcache-max-write=64K
     python "$work/server.sock" "$work/disk" "$1" <<'END'
 import sys
-from nbd_clients import connect
+from nbd_clients import connect, stored
 address, disk, onlooker = sys.argv[1:]
 
 def looks():
@@ -42,10 +42,8 @@ for step in range(1000):
     if step % 3 == 0 and onlooker != "none":
         looks()
 writer.flush()
-with open(disk, "rb") as file:
-    file.seek(1 << 20)
-    for step in range(1000):
-        assert file.read(9001) == expected(step), f"write {step} is not stored"
+for step in range(1000):
+    assert stored(disk, (1 << 20) + step * 9001, 9001) == expected(step), f"write {step} is not stored"
 END
     stop_nbdkit server
     writes=$(count_log "$work/below.log" writes)

@@ -16,18 +16,13 @@ refuses_writes ()
         fail "not shown as read-only"
     qemu-img compare -q -f raw -F qcow2 "$work/source" "$(uri "$1")"
     python "$work/$1.sock" <<'END'
-import errno, nbd, sys
-from nbd_clients import connect
+import sys
+from nbd_clients import connect, error_of
 client = connect(sys.argv[1], strict=False)
 for request in (lambda: client.pwrite(b"x" * 100, 5000),
                 lambda: client.zero(65536, 65536),
                 lambda: client.trim(65536, 65536)):
-    try:
-        request()
-    except nbd.Error as error:
-        assert error.errnum in (errno.EPERM, errno.EROFS), error.errno
-    else:
-        raise SystemExit("a write to a read-only export succeeded")
+    assert error_of(request) in ("EPERM", "EROFS"), "a write to a read-only export succeeded"
 assert client.pread(512, 0)[:4] == b"QFI\xfb"
 END
 }

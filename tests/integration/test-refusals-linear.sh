@@ -15,8 +15,7 @@ leaving; and the longest that somebody waited for a read from memory during such
 while a client left.
 """
 import os, sys, threading, time
-import nbd
-from nbd_clients import connect
+from nbd_clients import connect, error_of
 
 address, server, error, full = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 mebibytes, flushes = int(sys.argv[5]), int(sys.argv[6])
@@ -41,12 +40,7 @@ def position(i):
     return (1 << 20) + (i * 7919 % units) * 2 * UNIT + 4096 + i % 1000
 
 def refused(client):
-    try:
-        client.flush()
-    except nbd.Error as refusal:
-        assert refusal.errnum == getattr(errno, error), refusal.errno
-    else:
-        raise SystemExit("a flush succeeds that stores nothing")
+    assert error_of(client.flush) == error, "a flush succeeds that stores nothing"
 
 def longest_read(work):
     """The longest that a read of cached bytes waits while this is done."""

@@ -13,49 +13,36 @@ echo 16M >"$work/size"
 start_nbdkit server --filter="$FILTER" --filter=log file "$work/disk" logfile="$work/below.log" \
     qcowcache-size-file="$work/size" qcowcache-size=1M qcowcache-expire=0
 run_client server "$work/size" "$work/disk" "$work/below.log" <<'END'
-def hold(size):
-    with open(arguments[0] + ".new", "w") as file:
-        file.write(size)
-    os.rename(arguments[0] + ".new", arguments[0])
+size, disk, log = arguments
 
-def stored(unit):
-    with open(arguments[1], "rb") as disk:
-        disk.seek(unit << 16)
-        return disk.read(4) == b"%04d" % unit
+def has_arrived(unit):
+    return stored(disk, unit << 16, 4) == b"%04d" % unit
 
 def write(unit):
     client.pwrite(b"%04d" % unit, unit << 16)
-
-def wait_until(condition, what):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 # Who has stored something may hold up to half of the memory.
 write(300)
 client.flush()
 for unit in range(1, 81):
     write(unit)
-assert not any(stored(unit) for unit in range(1, 81)), "16M of the file were not taken"
+assert not any(has_arrived(unit) for unit in range(1, 81)), "16M of the file were not taken"
 
-hold("2M\n")
-wait_until(lambda: sum(map(stored, range(1, 81))) >= 50, "shrinking did not write what no longer fits")
+replace(size, "2M\n")
+wait_until(lambda: sum(map(has_arrived, range(1, 81))) >= 50, "shrinking did not write what no longer fits")
 
-hold("0")
-wait_until(lambda: all(map(stored, range(1, 81))), "0 did not drain")
+replace(size, "0")
+wait_until(lambda: all(map(has_arrived, range(1, 81))), "0 did not drain")
 write(200)
-assert stored(200), "0 did not pass a write through"
+assert has_arrived(200), "0 did not pass a write through"
 
-hold("junk")
+replace(size, "junk")
 client.pread(10, 0)
 write(201)
-hold("16M")
+replace(size, "16M")
 def cached():
     write(202)
-    with open(arguments[1], "rb") as disk:
-        disk.seek(202 << 16)
-        held = disk.read(4) == bytes(4)
+    held = stored(disk, 202 << 16, 4) == bytes(4)
     client.trim(65536, 202 << 16)
     return held
 wait_until(cached, "growing had no effect")

@@ -214,16 +214,9 @@ write_header "$work/target" 16
 start server json --filter=error file "$work/target" qcowcache-expire=0 \
     error-pwrite=ENOSPC error-pwrite-rate=100% error-pwrite-file="$work/full"
 run_client server "$work/full" <<'END'
-def refused(client):
-    try:
-        client.flush()
-    except nbd.Error:
-        return
-    raise SystemExit("storage should have refused")
 open(arguments[0], "w").close()
 client.pwrite(b"part" * 250, (1 << 20) + 17)
-refused(client)
-refused(client)
+assert error_of(client.flush) and error_of(client.flush), "storage should have refused"
 os.unlink(arguments[0])
 client.flush()
 open(arguments[0], "w").close()
@@ -290,16 +283,10 @@ fresh_file "$work/target" 16M
 start server json file "$work/target" qcowcache-writers=0 qcowcache-stats-interval=1
 run_client server "$report.json" <<'END'
 from reports import from_json
-deadline = time.monotonic() + 60
 def wait_for(writes):
-    while True:
-        try:
-            if from_json(arguments[0])["total"]["client_writes"] == writes:
-                return
-        except FileNotFoundError:
-            pass
-        assert time.monotonic() < deadline, f"{writes} writes are not reported"
-        time.sleep(0.02)
+    wait_until(lambda: os.path.exists(arguments[0]) and from_json(arguments[0])["total"]["client_writes"] == writes,
+               f"{writes} writes are reported", 60)
+
 wait_for(0)
 client.pwrite(b"x", 0)
 wait_for(1)

@@ -53,73 +53,59 @@ export STATE=$work
 each_errno ()
 {
     run_client "$1" "$work" <<'END'
+import contextlib
 state, = arguments
 
-class Refusing:
+@contextlib.contextmanager
+def refusing(what, name):
     """Storage refuses requests of one kind, with one errno."""
-    def __init__(self, what, name):
-        self.path = os.path.join(state, what)
-        with open(self.path + ".new", "w") as file:
-            file.write(name + "\n")
-        os.rename(self.path + ".new", self.path)
-    def __enter__(self):
-        return self
-    def __exit__(self, *ignored):
-        os.unlink(self.path)
+    replace(f"{state}/{what}", name + "\n")
+    yield
+    os.unlink(f"{state}/{what}")
 
 def expect(name, request, what):
-    found = "done"
-    try:
-        request()
-    except nbd.Error as error:
-        found = errno.errorcode[error.errnum]
-    assert found == name, f"{what}: {found} instead of {name}"
-
-def stored(offset, length):
-    with open(os.path.join(state, "disk-"), "rb") as file:
-        file.seek(offset)
-        return file.read(length)
+    assert (found := error_of(request)) == name, f"{what}: {found} instead of {name}"
 
 offset = 1 << 20
 for name in ("EIO", "ENOSPC", "EPERM", "ENOMEM", "ESHUTDOWN"):
     for what in ("pwrite", "pread"):  # the latter to complete a block
         data = os.urandom(1000)
         client.pwrite(data, offset + 17)
-        with Refusing(what, name):
+        with refusing(what, name):
             for _ in range(2):
                 expect(name, client.flush, f"flush, {what} refused")
                 assert client.pread(1000, offset + 17) == data, "acknowledged bytes cannot be read"
         client.flush()
-        assert stored(offset + 17, 1000) == data, "not stored by the flush that succeeded"
+        assert stored(state + "/disk-", offset + 17, 1000) == data, "not stored by the flush that succeeded"
         offset += 65536
 
     client.pwrite(b"k" * 4096, offset)
-    with Refusing("pwrite", name):
+    with refusing("pwrite", name):
         expect(name, lambda: client.pwrite(b"fua", offset + 65536, nbd.CMD_FLAG_FUA), "FUA")
-    with Refusing("flush", name):
+    with refusing("flush", name):
         expect(name, lambda: client.pwrite(b"fua", offset + 65536, nbd.CMD_FLAG_FUA), "flush of FUA")
         for _ in range(2):
             expect(name, client.flush, "flush")
     client.flush()
 
     client.pwrite(b"l" * 4096, offset)
-    with Refusing("zero", name):
+    with refusing("zero", name):
         expect(name, lambda: client.zero(4096, offset), "zero")
         expect(name, lambda: client.zero(4096, offset, nbd.CMD_FLAG_FAST_ZERO), "fast zero")
-    with Refusing("zero", "ENOTSUP"):
+    with refusing("zero", "ENOTSUP"):
         expect("ENOTSUP", lambda: client.zero(4096, offset, nbd.CMD_FLAG_FAST_ZERO), "fast zero")
-    with Refusing("trim", name):
+    with refusing("trim", name):
         expect(name, lambda: client.trim(4096, offset), "trim")
-    with Refusing("pread", name):
+    with refusing("pread", name):
         assert client.pread(4096, offset) == b"l" * 4096, "dropped by a zero or trim that failed"
         expect(name, lambda: client.pread(4096, 15 << 20), "read")
     client.flush()
-    assert stored(offset, 4096) == b"l" * 4096
+    assert stored(state + "/disk-", offset, 4096) == b"l" * 4096
     offset += 3 * 65536
 
 # A zero takes refused bytes away, and with them the refusal.
 client.pwrite(b"m" * 4096, offset)
-with Refusing("pwrite", "EIO"):
+with refusing("pwrite", "EIO"):
     expect("EIO", client.flush, "flush")
     client.zero(4096, offset)
     client.flush()
@@ -148,25 +134,18 @@ for writers in 4 0; do
     start_nbdkit server --filter="$FILTER" sh "$work/plugin.sh" qcowcache-cluster-size=64K \
         qcowcache-size=1M qcowcache-writers="$writers"
     echo ENOSPC >"$work/pwrite-bad"
-    timeout 120 "$PYTHON" - "$work/server.sock" "$work" <<'END'
-import errno, nbd, os, sys
-from nbd_clients import connect
+    python "$work/server.sock" "$work" <<'END'
+import os, sys
+from nbd_clients import connect, error_of, stored
 address, state = sys.argv[1:]
-
-def stored(name, offset, length):
-    with open(os.path.join(state, "disk-" + name), "rb") as file:
-        file.seek(offset)
-        return file.read(length)
 
 bad = connect(address, "bad")
 taken = []
 for i in range(1, 60):
-    try:
-        bad.pwrite(bytes([i]) * 700, i * 65536 + 9)
-        taken.append(i)
-    except nbd.Error as error:
-        assert error.errnum == errno.ENOSPC, error.errno
+    if error := error_of(lambda: bad.pwrite(bytes([i]) * 700, i * 65536 + 9)):
+        assert error == "ENOSPC", error
         break
+    taken.append(i)
 assert len(taken) in range(4, 20), f"{len(taken)} units in 1 MiB"
 
 good = connect(address, "good")
@@ -174,23 +153,18 @@ for i in range(60):
     good.pwrite(bytes([i + 1]) * 700, i * 65536 + 9)
 good.flush()
 for i in range(60):
-    assert stored("good", i * 65536 + 9, 700) == bytes([i + 1]) * 700
+    assert stored(state + "/disk-good", i * 65536 + 9, 700) == bytes([i + 1]) * 700
 
 # The client of the full disk goes; the next one finds its bytes, and stores them when it can.
 bad.shutdown()
 bad = connect(address, "bad")
 for i in taken:
     assert bad.pread(700, i * 65536 + 9) == bytes([i]) * 700, f"unit {i}"
-try:
-    bad.flush()
-except nbd.Error as error:
-    assert error.errnum == errno.ENOSPC, error.errno
-else:
-    raise SystemExit("a flush succeeded that stored nothing")
-os.unlink(os.path.join(state, "pwrite-bad"))
+assert error_of(bad.flush) == "ENOSPC", "a flush succeeded that stored nothing"
+os.unlink(f"{state}/pwrite-bad")
 bad.flush()
 for i in taken:
-    assert stored("bad", i * 65536 + 9, 700) == bytes([i]) * 700, f"unit {i} is not stored"
+    assert stored(state + "/disk-bad", i * 65536 + 9, 700) == bytes([i]) * 700, f"unit {i} is not stored"
 END
     stop_nbdkit server
     ! grep 'lost' "$work/server.err" || fail "bytes were lost"

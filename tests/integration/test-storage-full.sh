@@ -13,13 +13,10 @@ refusals () { grep -c 'injecting ENOSPC' "$work/server.err" || :; }
 units=24
 all_stored ()
 {
-    "$PYTHON" - "$work/disk" "$units" <<'END'
+    python "$work/disk" "$units" <<'END'
 import sys
-with open(sys.argv[1], "rb") as disk:
-    for i in range(int(sys.argv[2])):
-        disk.seek(i * 131072 + 7)
-        if disk.read(1000) != bytes([i + 1]) * 1000:
-            sys.exit(1)
+from nbd_clients import stored
+sys.exit(any(stored(sys.argv[1], i * 131072 + 7, 1000) != bytes([i + 1]) * 1000 for i in range(int(sys.argv[2]))))
 END
 }
 
@@ -37,12 +34,7 @@ open(full, "w").close()
 for i in range(int(units)):
     client.pwrite(bytes([i + 1]) * 1000, i * 131072 + 7)
 for _ in range(20):
-    try:
-        client.flush()
-    except nbd.Error as error:
-        assert error.errnum == errno.ENOSPC, error.errno
-    else:
-        raise SystemExit("a flush succeeded that stored nothing")
+    assert error_of(client.flush) == "ENOSPC", "a flush succeeded that stored nothing"
 with open(waits, "w") as fifo:
     fifo.write("\n")
 with open(go_on) as fifo:

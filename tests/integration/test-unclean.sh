@@ -39,13 +39,9 @@ crash ()
 client ()
 {
     nbdsh -u "$(uri server disk)" -c "
-import errno
+from nbd_clients import error_of
 def fails(request):
-    try:
-        request()
-    except nbd.Error as error:
-        return error.errnum == errno.EIO
-    return False
+    return error_of(request) == 'EIO'
 $1"
 }
 

@@ -173,26 +173,22 @@ stop_nbdkit server
 echo "a later connection is told, too, until the damage is repaired"
 fresh_file "$work/disk" 16M
 start_nbdkit server --filter="$FILTER" file "$work/disk" qcowcache-verify=error
-python "$work/server.sock" "$work/zlib.qcow2" <<'END'
-import sys
-from nbd_clients import CompressedClusters, connect, error_of
-
-good = open(sys.argv[2], "rb").read()
+run_client server "$work/zlib.qcow2" <<'END'
+good = open(arguments[0], "rb").read()
 offset = CompressedClusters(good).streams()[0]
-client = connect(sys.argv[1])
 for begin in range(0, len(good), 65536):
     client.pwrite(good[begin:begin + 65536], begin)
 client.pwrite(b"\xff" * 300, offset)
 client.shutdown()
 for _ in range(2):
-    client = connect(sys.argv[1])
+    client = connect(address)
     assert error_of(client.flush) == "EIO", "a later connection's flush succeeds"
     client.shutdown()
-client = connect(sys.argv[1])
+client = connect(address)
 client.pwrite(good[offset:offset + 300], offset)
 client.flush()
 client.shutdown()
-connect(sys.argv[1]).flush()
+connect(address).flush()
 END
 stop_nbdkit server
 image_holds "$work/disk" "$work/source"
