@@ -510,6 +510,13 @@ with open(sys.argv[1], "r+b") as file:
 END
 }
 
+# fresh_image FILE SIZE CLUSTER_BITS: an empty sparse file with such a header
+fresh_image ()
+{
+    fresh_file "$1" "$2"
+    write_header "$1" "$3"
+}
+
 # make_uneven_plugin: compiles uneven_plugin.c, which says what it is, to $uneven_plugin
 make_uneven_plugin ()
 {

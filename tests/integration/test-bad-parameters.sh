@@ -2,9 +2,7 @@
 # A parameter that makes no sense stops nbdkit before it serves, with one line
 # that names the parameter, the value and what is allowed.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 fresh_file "$work/disk" 1M
 

@@ -2,9 +2,7 @@
 # What clients are told about sizes: single bytes are welcome (qemu reads and
 # rewrites sectors otherwise), whole units preferred, and no limit given.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # answers PREFERRED NBDKIT-ARGUMENT...
 answers ()

@@ -3,9 +3,7 @@
 # without taking leave: everything that was acknowledged to it is stored, while
 # the server lives on.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 make_tar_image "$work/source" 24M
 convert "$work/source" "$work/prepared.qcow2" 64k zstd

@@ -2,9 +2,7 @@
 # The tab key completes the name of the filter in bash, with nbdkit's own
 # completion: after "--filter " and after "--filter=".
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 completions=/usr/share/bash-completion
 for file in "$completions/bash_completion" "$completions/completions/nbdkit"; do

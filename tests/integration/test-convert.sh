@@ -3,9 +3,7 @@
 # and order of writing, the image that is stored is sound and holds the source;
 # written in order it is byte for byte the image that is stored without the filter.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # Pieces of a tar with a hole behind it, as a disk has.
 make_tar_image "$work/large" 56M

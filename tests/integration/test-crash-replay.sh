@@ -17,9 +17,7 @@
 #   LONG=1    larger sources, and qemu-img check at every flush
 #   PLAIN=1   without the filter: what storage alone, and qemu, are good for
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 tools=${abs_top_builddir:-$(dirname "$FILTER")/../..}/tests
 : "${SEED:=$RANDOM}"

@@ -3,9 +3,7 @@
 # which there are few, and with -D qcowcache.trace=1 each write as well.  The words
 # are a unit test's.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 make_tar_image "$work/source" 16M
 
@@ -35,8 +33,7 @@ conversion -v -D qcowcache.trace=1
     fail "not every write is traced"
 
 echo "storage that refuses: said once for each flush, not for each unit"
-fresh_file "$work/target" 16M
-write_header "$work/target" 16
+fresh_image "$work/target" 16M 16
 start_nbdkit server -v --filter="$FILTER" --filter=error file "$work/target" qcowcache-expire=0 \
     error-pwrite=ENOSPC error-pwrite-rate=100% error-pwrite-file="$work/full"
 run_client server "$work/full" <<'END'

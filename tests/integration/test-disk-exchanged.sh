@@ -4,9 +4,7 @@
 # other, they read nothing of the old one, and whatever the one who stayed does
 # leaves the new disk alone.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 make_tar_image "$work/source" 12M
 disk=$work/disk

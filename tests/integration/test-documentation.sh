@@ -3,9 +3,7 @@
 # of them and no others, with the same defaults; and every test that they point
 # to is there.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 requires_program podchecker pod2man
 source_dir=$(cd "$(dirname "$0")/../.." && pwd)

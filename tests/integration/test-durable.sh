@@ -2,9 +2,7 @@
 # What a flush or FUA acknowledges is on storage, and storage has been flushed,
 # when the acknowledgement arrives: seen in the file behind nbdkit's back.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 for mode in native none emulate; do
     echo "storage with FUA: $mode"
@@ -13,8 +11,7 @@ for mode in native none emulate; do
         none) below=(--filter=fua) ;;
         emulate) below=(--filter=fua fuamode=emulate) ;;
     esac
-    fresh_file "$work/disk" 8388731
-    write_header "$work/disk" 16
+    fresh_image "$work/disk" 8388731 16
     # Background writers would mix requests of their own into the log.
     start_nbdkit server --filter="$FILTER" --filter=log "${below[@]:0:1}" file "$work/disk" \
         "${below[@]:1}" logfile="$work/below.log" qcowcache-writers=0

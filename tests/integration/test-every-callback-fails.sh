@@ -3,13 +3,10 @@
 # is no connection; a request that it refuses is refused with its own error; and
 # the next connection and the next request find nothing amiss.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # What $work/broken names fails.
-fresh_file "$work/disk" 2M
-write_header "$work/disk" 16
+fresh_image "$work/disk" 2M 16
 : >"$work/broken"
 broken ()
 {

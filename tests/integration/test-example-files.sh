@@ -6,11 +6,8 @@
 
 # shellcheck disable=SC2034  # for functions.sh
 own_mounts=1
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-# shellcheck source-path=SCRIPTDIR source=examples.sh
 source "$(dirname "$0")/examples.sh"
-set -e
 
 at_example
 run_example "A local file, in one command"

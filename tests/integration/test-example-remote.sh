@@ -6,11 +6,8 @@
 # Nobody but root can be the user that sshd lets in.
 # shellcheck disable=SC2034  # for functions.sh
 [ "$(id -u)" -ne 0 ] || own_mounts=1
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-# shellcheck source-path=SCRIPTDIR source=examples.sh
 source "$(dirname "$0")/examples.sh"
-set -e
 
 requires_program psktool ssh-keygen
 # sshd starts itself anew for each connection, for which it needs its full name.

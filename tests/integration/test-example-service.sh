@@ -5,11 +5,8 @@
 
 # shellcheck disable=SC2034  # for functions.sh
 [ "$(id -u)" -ne 0 ] || own_mounts=1
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-# shellcheck source-path=SCRIPTDIR source=examples.sh
 source "$(dirname "$0")/examples.sh"
-set -e
 
 units=$(cd "$(dirname "$0")/../.." && pwd)/systemd
 

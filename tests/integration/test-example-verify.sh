@@ -1,11 +1,8 @@
 #!/usr/bin/env bash
 # The man page's check of an image that is there already, as it stands there.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-# shellcheck source-path=SCRIPTDIR source=examples.sh
 source "$(dirname "$0")/examples.sh"
-set -e
 
 title="An image that is there already"
 at_example

@@ -2,12 +2,9 @@
 # Block status shows what is cached as data, before it is stored, and what is a
 # hole on storage as a hole.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
-fresh_file "$work/disk" 16M
-write_header "$work/disk" 16
+fresh_image "$work/disk" 16M 16
 start_nbdkit server --filter="$FILTER" file "$work/disk"
 run_client server <<'END'
 def data_bytes(client):

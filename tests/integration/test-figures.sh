@@ -7,9 +7,7 @@
 #   LONG=1    512 MiB of real files
 #   SIZE=N    another amount
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 if [ "${LONG:-}" = 1 ]; then : "${SIZE:=512M}"; fi
 : "${SIZE:=64M}"

@@ -2,9 +2,7 @@
 # Between two connections a file is edited, replaced, grown and shrunk: the next
 # connection sees it as it is, because nothing is remembered without a client.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 make_tar_image "$work/source" 8M
 convert "$work/source" "$work/disk" 64k zlib

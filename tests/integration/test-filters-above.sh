@@ -2,9 +2,7 @@
 # Filters between the client and this one that end connections in ways of
 # their own, or ask for more than clients do.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 make_tar_image "$work/source" 8M
 target=$work/target.qcow2

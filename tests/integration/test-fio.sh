@@ -5,9 +5,7 @@
 #
 #   SIZE=BYTES   how much each of the jobs writes (16M)
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 requires_program fio
 : "${SIZE:=16M}"

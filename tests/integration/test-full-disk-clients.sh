@@ -7,9 +7,7 @@
 
 # shellcheck disable=SC2034  # for functions.sh
 own_mounts=1
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 requires_program qemu-storage-daemon
 make_half_random "$work/source" 320 40000

@@ -6,9 +6,7 @@
 
 # shellcheck disable=SC2034  # for functions.sh
 own_mounts=1
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # gives_up SERVER [FULL]: writes an image until storage has refused bytes of it,
 # sees a flush fail, and leaves.  FULL, if any, is a file that makes storage full.

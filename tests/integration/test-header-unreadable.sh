@@ -4,14 +4,11 @@
 # cannot be read for long, no client waits for one failure after the other; the
 # first who can read the header ends that.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 start ()
 {
-    fresh_file "$work/disk" 8M
-    write_header "$work/disk" 16
+    fresh_image "$work/disk" 8M 16
     start_nbdkit server --filter="$FILTER" --filter=error file "$work/disk" \
         error-pread=EIO error-pread-rate=100% error-pread-file="$work/unreadable" \
         qcowcache-expire=0 qcowcache-stats="$work/stats.json"

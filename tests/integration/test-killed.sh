@@ -7,9 +7,7 @@
 #   SEED=N   choose the same requests again (each run prints its seed)
 #   LONG=1   twenty times as many kills
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 : "${SEED:=$RANDOM}"
 echo "seed $SEED"
@@ -142,8 +140,7 @@ killed_while_writing ()
     echo "killed $rounds times: ${*:-no parameters}"
 }
 
-fresh_file "$work/disk" 8389119
-write_header "$work/disk" 16
+fresh_image "$work/disk" 8389119 16
 killed_while_writing $((kills * 2 / 5))
 killed_while_writing $((kills / 5)) qcowcache-size=320K
 killed_while_writing $((kills / 5)) qcowcache-writers=0 qcowcache-expire=0

@@ -4,9 +4,7 @@
 # that is larger than such a request, through one that is much smaller, and
 # through none.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # large_requests WHAT NBDKIT-ARGUMENT...
 large_requests ()

@@ -3,9 +3,7 @@
 # do: storage gets no more requests than without the filter, whatever the memory,
 # and the same bytes.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # requests CHAIN...: what `fill` costs storage below CHAIN, as $writes
 requests ()

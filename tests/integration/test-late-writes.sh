@@ -3,17 +3,14 @@
 # does whose network is gone.  Somebody connects in its place and writes something
 # newer to the same bytes: what was still on its way never replaces it.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 rounds=25
 if [ "${LONG:-}" = 1 ]; then
     rounds=300
 fi
 
-fresh_file "$work/disk" 32M
-write_header "$work/disk" 16
+fresh_image "$work/disk" 32M 16
 # The log filter says what has arrived.
 start_nbdkit server --filter=log --filter="$FILTER" --filter=delay file "$work/disk" \
     logfile="$work/arrived.log" wdelay=20ms qcowcache-size=1M

@@ -2,9 +2,7 @@
 # Storage that can read and write, and little else: no flush, no FUA, no trim,
 # no zero, no extents.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # lean_requests SERVER: what a client may do there all the same, compared with
 # the file behind the server.

@@ -2,9 +2,7 @@
 # A partial unit that nobody comes back to is written after qcowcache-expire
 # seconds, without a flush and without a further request; with 0 it is not.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # has_been_written: the bytes are in the file, seen behind nbdkit's back
 has_been_written ()
@@ -15,8 +13,7 @@ has_been_written ()
 # idle_client EXPIRE COMMAND...: COMMAND runs while a client holds back its flush
 idle_client ()
 {
-    fresh_file "$work/disk" 4M
-    write_header "$work/disk" 16
+    fresh_image "$work/disk" 4M 16
     start_nbdkit server --filter="$FILTER" file "$work/disk" qcowcache-expire="$1"
     shift
     mkfifo "$work/go-on"

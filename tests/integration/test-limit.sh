@@ -2,9 +2,7 @@
 # limit=1, above this filter and below it: one client at a time, and a client
 # that has gone counts until what it wrote has been handed over to storage.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 make_tar_image "$work/source" 1M
 qemu-img convert -c -f raw -O qcow2 "$work/source" "$work/image"

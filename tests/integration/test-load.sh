@@ -14,9 +14,7 @@
 #                       prints what each thread of nbdkit is waiting for (60)
 #   SEED=N              repeat a run, as far as its timing allows
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 : "${LOAD_SECONDS:=40}" "${LOAD_CONNECTIONS:=16}" "${LOAD_PATIENCE:=60}" "${SEED:=$RANDOM}"
 size=$((4 * 1024 * 1024 + 777))
@@ -39,8 +37,7 @@ load ()
     rm -rf "$work/exports"
     mkdir "$work/exports"
     for number in "${!cluster_bits[@]}"; do
-        fresh_file "$work/exports/$number" "$size"
-        write_header "$work/exports/$number" "${cluster_bits[number]}"
+        fresh_image "$work/exports/$number" "$size" "${cluster_bits[number]}"
     done
     echo 4G >"$work/rate"
     start_nbdkit server --filter="$FILTER" ${filter:+"--filter=$filter"} \

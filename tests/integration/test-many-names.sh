@@ -3,13 +3,10 @@
 # is kept for a name that nobody uses any more, and for names whose compressed
 # clusters cannot be read there is a limit.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # The plugin serves this disk under any name.
-fresh_file "$work/disk" 1M
-write_header "$work/disk" 16
+fresh_image "$work/disk" 1M 16
 start_nbdkit names --filter="$FILTER" file "$work/disk" qcowcache-size=4M
 
 # visit FIRST LAST: one client after the other, each with a name of its own; it

@@ -2,9 +2,7 @@
 # Peak resident memory of nbdkit is that of the same work without the filter,
 # qcowcache-size, and not much more; that holds for checks, too.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 if [ "${LONG:-}" = 1 ]; then : "${SIZE:=512M}"; fi
 : "${SIZE:=128M}"
@@ -37,8 +35,7 @@ conversion ()
 # large ones: nbdkit keeps a buffer of the largest request for each thread.)
 scattered ()
 {
-    fresh_file "$work/target" 160M
-    write_header "$work/target" 16
+    fresh_image "$work/target" 160M 16
     start_nbdkit "$@"
     python "$work/$1.sock" <<'END'
 import sys
@@ -59,8 +56,7 @@ END
 # bookkeeping could outgrow the bytes
 pieces ()
 {
-    fresh_file "$work/target" 64M
-    write_header "$work/target" 16
+    fresh_image "$work/target" 64M 16
     start_nbdkit "$@"
     run_client "$1" <<'END'
 def done(error):

@@ -2,15 +2,12 @@
 # While storage is slow, full units that lie side by side are written together,
 # in writes no larger than qcowcache-max-write.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # fill MAX-WRITE: 16 MiB in small pieces, much faster than storage takes them
 fill ()
 {
-    fresh_file "$work/disk" 32M
-    write_header "$work/disk" 16
+    fresh_image "$work/disk" 32M 16
     start_nbdkit slow --filter="$FILTER" --filter=log --filter=delay file "$work/disk" \
         logfile="$work/below.log" delay-write=20ms qcowcache-max-write="$1" qcowcache-writers=2
     run_client slow <<'END'

@@ -2,9 +2,7 @@
 # Storage that refuses requests which do not fit its blocks: clients may send
 # what they like, with and without a qcow2 image.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 make_tar_image "$work/source" 24M
 target=$work/target.qcow2

@@ -10,9 +10,7 @@
 #   SEED=N    repeat a run (1), as far as the timing of threads allows
 #   STEPS=N   steps for each kind of storage (600; with LONG=1, 20000)
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 : "${SEED:=1}"
 if [ "${LONG:-}" = 1 ]; then

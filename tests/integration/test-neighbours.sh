@@ -3,9 +3,7 @@
 # many there are, the healthy one keeps at least half of the rate that it has
 # alone, and none of its requests waits for the others' storage.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 make_uneven_plugin
 

@@ -2,14 +2,11 @@
 # The system has less memory for nbdkit than qcowcache-size allows: what cannot be
 # held goes to storage.  No client hears of it, and nothing is lost.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 requires_program prlimit
 
-fresh_file "$work/disk" 256M
-write_header "$work/disk" 21
+fresh_image "$work/disk" 256M 21
 # The C library would take address space for each thread in advance.
 export MALLOC_ARENA_MAX=1
 start_nbdkit server --filter="$FILTER" file "$work/disk" qcowcache-size=1G

@@ -2,9 +2,7 @@
 # Whatever does not begin with a qcow2 header passes through untouched: storage
 # receives exactly the client's requests, each before it is acknowledged.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 fresh_file "$work/empty" 5M
 passes_unchanged "$work/empty"
@@ -17,8 +15,7 @@ printf 'QFI\xfa\0\0\0\3' | dd of="$work/almost" conv=notrunc status=none
 passes_unchanged "$work/almost"
 
 # The magic number elsewhere means nothing.
-fresh_file "$work/elsewhere" 5M
-write_header "$work/elsewhere" 16
+fresh_image "$work/elsewhere" 5M 16
 dd if="$work/elsewhere" of="$work/shifted" bs=512 seek=1 count=1 conv=notrunc status=none
 truncate -s 5M "$work/shifted"
 passes_unchanged "$work/shifted"

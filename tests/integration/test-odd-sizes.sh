@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
 # Exports of sizes that fit nothing: of no byte, of one, of a few, and of many TiB.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # use SERVER: first and last bytes, and everything where that is little
 use ()
@@ -52,8 +50,7 @@ done
 
 # Images in such files.
 for size in 112 511 4097 65537 1048577; do
-    fresh_file "$work/disk" "$size"
-    write_header "$work/disk" 16
+    fresh_image "$work/disk" "$size" 16
     start_nbdkit server --filter="$FILTER" file "$work/disk"
     use server
     stop_nbdkit server

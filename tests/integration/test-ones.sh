@@ -2,9 +2,7 @@
 # 1000 MB of 0x01, where each cluster compresses to some ten bytes: 16 016 writes
 # are sent, and at most 24 reach storage.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 tr '\0' '\1' </dev/zero 2>/dev/null | head -c 1048576000 >"$work/ones" || :
 [ "$(stat -c %s "$work/ones")" -eq 1048576000 ] || fail "could not make the source"

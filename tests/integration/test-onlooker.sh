@@ -4,17 +4,14 @@
 # reads data, too, may have to see that both use the same disk: that costs no more
 # than a write for each time.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # writes ONLOOKER: 1000 writes of 9001 bytes each, which become $writes; every
 # few of them somebody comes, looks as ONLOOKER says, and goes.  Nothing is
 # merged, for how much that saves depends on how long storage takes.
 writes ()
 {
-    fresh_file "$work/disk" 16M
-    write_header "$work/disk" 16
+    fresh_image "$work/disk" 16M 16
     start_nbdkit server --filter="$FILTER" --filter=log file "$work/disk" logfile="$work/below.log" \
         qcowcache-expire=0 qcowcache-max-write=64K
     python "$work/server.sock" "$work/disk" "$1" <<'END'

@@ -2,9 +2,7 @@
 # Without background writers requests write to storage themselves: each what it
 # has itself made ready, and not what others go on making ready meanwhile.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 make_uneven_plugin
 mkfifo "$work/entered"

@@ -6,9 +6,7 @@
 #   SEED=N    repeat a run (each prints its seed)
 #   COUNT=N   this many random headers (150)
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 : "${SEED:=$RANDOM}" "${COUNT:=150}"
 echo "SEED=$SEED"

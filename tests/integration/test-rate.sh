@@ -3,9 +3,7 @@
 # what is stored.  When nbdkit ends, rate lets nothing through any more, and nbdkit
 # says what is lost.  (An image that is written at some rate: see test-stacking.sh.)
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # Storage that takes a kilobyte a second.  What a client writes is acknowledged all the same.
 fresh_file "$work/target" 8M

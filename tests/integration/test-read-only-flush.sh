@@ -3,12 +3,9 @@
 # without the filter; and so a flush succeeds after nbdkit's retry filter has
 # opened the connection anew for reading only.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
-fresh_file "$work/disk" 4M
-write_header "$work/disk" 16
+fresh_image "$work/disk" 4M 16
 
 # answers NAME NBDKIT-ARGUMENT...: what a client is told
 answers ()

@@ -2,9 +2,7 @@
 # Storage that damages one byte in 100 000 of what it stores, and says nothing:
 # with qcowcache-readback=true each damage is found, and healed or reported.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 make_uneven_plugin
 

@@ -3,9 +3,7 @@
 # what a flush in vain, and the end of a client, cost grows with how much there
 # is, and no faster; and nobody who reads what is cached waits for it.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 cat >"$work/clients.py" <<'END'
 """clients.py ADDRESS PID ERROR FULL MIB FLUSHES: fills units of so much memory, flushes, and leaves.

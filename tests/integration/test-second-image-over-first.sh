@@ -2,9 +2,7 @@
 # New images over old ones, each with another cluster size: through one server,
 # on one file, that is never emptied in between.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 make_tar_image "$work/source" 30M
 target=$work/target.qcow2

@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
 # Storage that serves one request at a time, or one client at a time.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 make_tar_image "$work/source" 24M
 target=$work/target.qcow2

@@ -2,9 +2,7 @@
 # SIGTERM, and clients that die, with a full queue in front of slow storage:
 # nbdkit ends, and everything that was acknowledged is in the file.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # A plugin in shell whose writes are slow because of what they are, not by a
 # filter that refuses to sleep once nbdkit is to end.
@@ -26,8 +24,7 @@ chmod +x "$work/slow.sh"
 export DISK=$work/disk
 
 for writers in 0 1 4; do
-    fresh_file "$work/disk" 32M
-    write_header "$work/disk" 16
+    fresh_image "$work/disk" 32M 16
     start_nbdkit slow --filter="$FILTER" sh "$work/slow.sh" qcowcache-writers=$writers
     python "$work/slow.sock" "$work/expected" <<'END'
 import os, random, sys

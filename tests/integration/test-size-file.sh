@@ -3,12 +3,9 @@
 # longer fits, 0 passes everything through, growing takes effect at once, and
 # nonsense keeps the last size and is said once.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
-fresh_file "$work/disk" 32M
-write_header "$work/disk" 16
+fresh_image "$work/disk" 32M 16
 echo 16M >"$work/size"
 start_nbdkit server --filter="$FILTER" --filter=log file "$work/disk" logfile="$work/below.log" \
     qcowcache-size-file="$work/size" qcowcache-size=1M qcowcache-expire=0
@@ -51,8 +48,7 @@ client.shutdown()
 END
 stop_nbdkit server
 
-fresh_file "$work/disk" 4M
-write_header "$work/disk" 16
+fresh_image "$work/disk" 4M 16
 echo "not a size" >"$work/size"
 start_nbdkit server --filter="$FILTER" file "$work/disk" qcowcache-size-file="$work/size"
 for _ in 1 2 3 4 5; do

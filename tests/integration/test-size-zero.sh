@@ -2,12 +2,9 @@
 # qcowcache-size=0, or less than two units, turns the cache off: every request
 # of a qcow2 client passes to storage as it is.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
-fresh_file "$work/image" 5M
-write_header "$work/image" 16
+fresh_image "$work/image" 5M 16
 passes_unchanged "$work/image" qcowcache-size=0
 passes_unchanged "$work/image" qcowcache-size=64K
 passes_unchanged "$work/image" qcowcache-size=0 qcowcache-cluster-size=64K

@@ -4,9 +4,7 @@
 #
 #   STACK_ONLY=FILTER   only the lines of that filter
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 requires_program mke2fs qemu-img
 table=$(dirname "$0")/stacking.txt

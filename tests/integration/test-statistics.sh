@@ -3,9 +3,7 @@
 # the filter and nbdkit's stats filter below it, in each of the three forms, and
 # what an operator has to know (memory, refusals, losses) is among them.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 "$PYTHON" -c 'import prometheus_client' 2>/dev/null ||
     fail "prometheus_client is missing for $PYTHON: ./bootstrap installs it"
@@ -188,8 +186,7 @@ assert report["memory_limit_bytes"] == 512 << 10, report
 END
 
 echo "memory that runs out"
-fresh_file "$work/target" 64M
-write_header "$work/target" 16
+fresh_image "$work/target" 64M 16
 start server json file "$work/target" qcowcache-size=512K
 run_client server <<'END'
 for unit in range(1, 500):
@@ -209,8 +206,7 @@ assert 128 << 10 < report["memory_peak_bytes"] <= 512 << 10, report
 END
 
 echo "storage that refuses, is tried again, and refuses to the end"
-fresh_file "$work/target" 16M
-write_header "$work/target" 16
+fresh_image "$work/target" 16M 16
 start server json --filter=error file "$work/target" qcowcache-expire=0 \
     error-pwrite=ENOSPC error-pwrite-rate=100% error-pwrite-file="$work/full"
 run_client server "$work/full" <<'END'
@@ -239,8 +235,7 @@ assert below(sys.argv[2])["write"][0] == 1
 END
 
 echo "text for people"
-fresh_file "$work/target" 16M
-write_header "$work/target" 16
+fresh_image "$work/target" 16M 16
 start server txt file "$work/target"
 nbdsh -u "$(uri server)" -c 'h.pwrite(b"x" * 100, 70000)' -c 'h.flush()'
 stop_nbdkit server

@@ -4,9 +4,7 @@
 # what the client asks for then is answered with an error, and the server, with
 # what the clients of other exports have not flushed yet, lives on.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # While $work/down exists the export "down" can be opened once, and not again
 # (retry opens it anew before each attempt), and no byte of it can be read or written.
@@ -50,8 +48,7 @@ for writers in 4 0; do
     rm -f "$work/down" "$work/opened"
     : >"$work/refused"
     for name in down healthy; do
-        fresh_file "$work/exports/$name" 4M
-        write_header "$work/exports/$name" 16
+        fresh_image "$work/exports/$name" 4M 16
     done
     start_nbdkit server --filter="$FILTER" --filter=retry sh "$work/storage.sh" \
         retries=1 retry-delay=1 qcowcache-expire=0 qcowcache-writers="$writers"
@@ -107,8 +104,7 @@ END
 done
 
 echo "to connect reads nothing, and the first request does"
-fresh_file "$work/disk" 4M
-write_header "$work/disk" 16
+fresh_image "$work/disk" 4M 16
 start_nbdkit server --filter="$FILTER" --filter=log file "$work/disk" logfile="$work/below.log"
 # Without --no-content nbdinfo reads what it shows.
 nbdinfo --no-content --json "$(uri server)" >"$work/answers"

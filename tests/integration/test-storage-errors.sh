@@ -3,9 +3,7 @@
 # from a plugin that tells it by nbdkit_set_error; and what was acknowledged
 # before is there, can be read, and is stored once storage takes it.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # A plugin that refuses WHAT (for export NAME only: WHAT-NAME) with the errno
 # that it finds in a file of that name; the sh plugin sets it by nbdkit_set_error.

@@ -3,9 +3,7 @@
 # storage, but does not ask it once more for every unit that it has refused. And
 # when there is room again, what was refused is stored even if nobody flushes.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 refusals () { grep -c 'injecting ENOSPC' "$work/server.err" || :; }
 

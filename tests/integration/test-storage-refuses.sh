@@ -2,9 +2,7 @@
 # Storage that is full: what was acknowledged stays in memory and can be read,
 # flush says why, and when there is room again the next flush stores everything.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # start SERVER PARAMETER...: $work/disk, full while the file $work/full exists
 start ()
@@ -12,8 +10,7 @@ start ()
     local name=$1
     shift
     rm -f "$work/full"
-    fresh_file "$work/disk" 16M
-    write_header "$work/disk" 16
+    fresh_image "$work/disk" 16M 16
     start_nbdkit "$name" --filter="$FILTER" --filter=error file "$work/disk" \
         error-pwrite=ENOSPC error-pwrite-rate=100% error-pwrite-file="$work/full" "$@"
 }

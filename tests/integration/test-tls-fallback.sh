@@ -3,9 +3,7 @@
 # same name.  Above this filter or below it: they see nothing of what a client
 # with TLS has written, stored or not.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 requires_program psktool
 mkdir -m 700 "$work/keys"
@@ -14,8 +12,7 @@ psktool -u friend -p "$work/keys/keys.psk" >/dev/null
 # For each order: what the friend writes, in the bytes that the other disk has
 # too, stays the friend's, before a flush and after.
 for order in above below; do
-    fresh_file "$work/disk" 1M
-    write_header "$work/disk" 16
+    fresh_image "$work/disk" 1M 16
     chain=(--filter=tls-fallback --filter="$FILTER")
     [ $order = above ] || chain=(--filter="$FILTER" --filter=tls-fallback)
     start_nbdkit "$order" --tls=on --tls-psk="$work/keys/keys.psk" \

@@ -2,9 +2,7 @@
 # nbdkit-tmpdisk-plugin makes a disk of its own for each connection, all under
 # the same export name: none may see, or receive, another one's bytes.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # shellcheck disable=SC2016  # the plugin's own shell sets these variables
 start_nbdkit server --filter="$FILTER" tmpdisk 8M command='truncate -s $size "$disk"' \

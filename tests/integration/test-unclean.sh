@@ -7,9 +7,7 @@
 #   SEED=N   choose the same moments again (each run prints its seed)
 #   LONG=1   ten times as many
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 : "${SEED:=$RANDOM}"
 echo "seed $SEED"

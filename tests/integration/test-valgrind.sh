@@ -5,9 +5,7 @@
 # without; some of the clients die, and bytes that storage never took are left.
 # An image is converted, and a cluster of it damaged, while everything is checked.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 requires_program valgrind
 run_nbdkit_under valgrind --quiet --error-exitcode=99 --leak-check=full \
@@ -84,8 +82,7 @@ END
 for arguments in "file qcowcache-writers=2" "file qcowcache-writers=0 qcowcache-size=4M" \
     "--filter=multi-conn file multi-conn-mode=disable"; do
     read -r -a words <<<"$arguments"
-    fresh_file "$work/disk" 10485983
-    write_header "$work/disk" 16
+    fresh_image "$work/disk" 10485983 16
     rm -f "$work/full"
     start_nbdkit server --filter="$FILTER" --filter=error "${words[@]}" file="$work/disk" \
         error-pread=EIO error-pread-rate=5% \

@@ -5,9 +5,7 @@
 #
 # LONG=1: 30 backups instead of 2.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 requires_program qemu-storage-daemon
 

@@ -2,9 +2,7 @@
 # With qcowcache-verify=error nothing that qemu writes is ever refused, nothing
 # is said, and storage is not read more than without it.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 make_tar_image "$work/source" 12M
 target=$work/target.qcow2

@@ -5,9 +5,7 @@
 #
 # LONG=1: 1000 flips for each codec instead of 60.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 count=60
 size=16M

@@ -4,9 +4,7 @@
 #
 # LONG=1: ten minutes and more of random activity instead of some seconds.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 target=$work/target.qcow2
 steps=400

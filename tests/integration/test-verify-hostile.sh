@@ -5,9 +5,7 @@
 #
 # LONG=1: a larger healthy image, and for longer.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 # hostile.py SOCKET EXPORT L1_ENTRIES BOMBS WHAT: an image of clusters of 2 MiB, in whose one L2
 # table all 262144 entries are compressed clusters: streams of 2 KB, each of which becomes 2 MiB.

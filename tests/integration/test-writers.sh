@@ -2,9 +2,7 @@
 # The image does not depend on how many background writers there are, nor on
 # whether they may be used at all, nor on how much they may merge.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
 make_tar_image "$work/source" 48M
 target=$work/target.qcow2

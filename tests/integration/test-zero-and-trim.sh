@@ -2,12 +2,9 @@
 # Zeros and trims: over cached bytes, with ragged ends, larger than storage is
 # asked for at once, and fast ones.
 
-# shellcheck source-path=SCRIPTDIR source=functions.sh
 source "$(dirname "$0")/functions.sh"
-set -e
 
-fresh_file "$work/disk" 134218251
-write_header "$work/disk" 16
+fresh_image "$work/disk" 134218251 16
 start_nbdkit server --filter="$FILTER" --filter=log file "$work/disk" logfile="$work/below.log" \
     qcowcache-reserve=0 # for which a request may be larger
 run_client server "$work/disk" <<'END'
