@@ -6,8 +6,8 @@
 source "$(dirname "$0")/functions.sh"
 
 # Pieces of a tar with a hole behind it, as a disk has.
-make_tar_image "$work/large" 56M
-truncate -s 64M "$work/large"
+make_tar_image "$work/large" 28M
+truncate -s 32M "$work/large"
 make_tar_image "$work/small" 7M
 truncate -s 8M "$work/small"
 

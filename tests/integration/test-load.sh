@@ -8,7 +8,7 @@
 # itself aborts, with or without filters, when it has several answers for a
 # client that is gone.
 #
-#   LOAD_SECONDS=N      how long the clients work (40); an hour is fine, too
+#   LOAD_SECONDS=N      how long the clients work (15; with LONG=1, 120); an hour is fine, too
 #   LOAD_CONNECTIONS=N  to each export (16)
 #   LOAD_PATIENCE=N     seconds that an answer may take before the test fails and
 #                       prints what each thread of nbdkit is waiting for (60)
@@ -16,7 +16,8 @@
 
 source "$(dirname "$0")/functions.sh"
 
-: "${LOAD_SECONDS:=40}" "${LOAD_CONNECTIONS:=16}" "${LOAD_PATIENCE:=60}" "${SEED:=$RANDOM}"
+if [ "${LONG:-}" = 1 ]; then : "${LOAD_SECONDS:=120}"; fi
+: "${LOAD_SECONDS:=15}" "${LOAD_CONNECTIONS:=16}" "${LOAD_PATIENCE:=60}" "${SEED:=$RANDOM}"
 size=$((4 * 1024 * 1024 + 777))
 cluster_bits=(16 12 16 18 16 20 9 16)
 # In KiB: the filter's, and what nbdkit without it has here (80 MiB of stacks and

@@ -53,7 +53,7 @@ def work(number, client, steps):
 
 for lives in range(2):
     clients = [connect(sys.argv[1]) for _ in range(5)]
-    threads = [threading.Thread(target=work, args=(i, client, 30)) for i, client in enumerate(clients)]
+    threads = [threading.Thread(target=work, args=(i, client, 12)) for i, client in enumerate(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,6 +1,7 @@
 #include "write_cache.hpp"
 
 #include "catch.hpp"
+#include "handle.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
 #include "watched_thread.hpp"
@@ -9,6 +10,8 @@
 #include <atomic>
 #include <future>
 #include <latch>
+#include <memory>
+#include <optional>
 #include <semaphore>
 #include <thread>
 
