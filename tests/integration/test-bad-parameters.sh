@@ -52,14 +52,9 @@ done
 # nbdkit names them all.
 nbdkit --filter="$FILTER" null --help >"$work/help" 2>&1 </dev/null || :
 has_parameter () { grep -q -- "$1" "$work/help"; }
-has_parameter qcowcache-size || fail "--help does not name qcowcache-size"
-has_parameter qcowcache-cluster-size || fail "--help does not name qcowcache-cluster-size"
-has_parameter qcowcache-size-file || fail "--help does not name qcowcache-size-file"
-has_parameter qcowcache-writers || fail "--help does not name qcowcache-writers"
-has_parameter qcowcache-max-write || fail "--help does not name qcowcache-max-write"
-has_parameter qcowcache-max-delay || fail "--help does not name qcowcache-max-delay"
-has_parameter qcowcache-reserve || fail "--help does not name qcowcache-reserve"
-has_parameter qcowcache-expire || fail "--help does not name qcowcache-expire"
+for name in size cluster-size size-file writers max-write max-delay reserve expire verify readback; do
+    has_parameter "qcowcache-$name=" || fail "--help does not name qcowcache-$name"
+done
 
 for value in -1 +1 65 junk 4k 0x4 1000000 1.5 " 4" 4294967296 18446744073709551616 ""; do
     refused qcowcache-writers "$value" "from 0 to 64"
@@ -78,16 +73,11 @@ for value in "" / "$work" "$work/" . ..; do
     refused qcowcache-size-file "$value" "the name of a file"
 done
 
-# Parameters that come with later features, where this build has them.
-if has_parameter qcowcache-verify; then
-    for value in junk on 1 ""; do refused qcowcache-verify "$value" off warn error all; done
-    nbdkit_refuses --filter="$FILTER" file "$work/disk" qcowcache-cluster-size=64k qcowcache-verify=error
-    echo "$refusal"
-    [[ $refusal == *qcowcache-cluster-size* && $refusal == *qcowcache-verify* ]] || fail "unclear: $refusal"
-fi
-if has_parameter qcowcache-readback; then
-    for value in junk 2 ""; do refused qcowcache-readback "$value"; done
-fi
+for value in junk on 1 ""; do refused qcowcache-verify "$value" off warn error all; done
+nbdkit_refuses --filter="$FILTER" file "$work/disk" qcowcache-cluster-size=64k qcowcache-verify=error
+echo "$refusal"
+[[ $refusal == *qcowcache-cluster-size* && $refusal == *qcowcache-verify* ]] || fail "unclear: $refusal"
+for value in junk 2 ""; do refused qcowcache-readback "$value"; done
 
 # Where statistics are to be reported.
 mkdir "$work/directory"
@@ -152,6 +142,7 @@ stop_nbdkit follows
 echo 0 >size
 nbdkit -P "$work/daemon.pid" -U "$work/daemon.sock" --filter="$FILTER" --filter=log file "$work/disk" \
     logfile="$work/daemon.log" qcowcache-size-file=size
+wait_until 30 test -s daemon.pid || fail "no daemon"
 daemon=$(cat daemon.pid)
 daemon_has_ended () { ! kill -0 "$daemon" 2>/dev/null; }
 end_daemon () { daemon_has_ended || kill -KILL "$daemon"; }

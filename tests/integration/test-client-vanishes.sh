@@ -63,7 +63,8 @@ END
         fail "killed after $acknowledged writes: acknowledged bytes are lost"
 done
 
-# Filters that wait refuse to do so on behalf of a client that has gone.
+# Filters that wait refuse to do so on behalf of a client that has gone; and storage that
+# serves one request or one client at a time has its locks still held.
 python "$work/expected" <<'END'
 import sys
 expected = bytearray(2 << 20)
@@ -73,10 +74,10 @@ open(sys.argv[1], "wb").write(expected)
 END
 for slow in "delay wdelay=5ms" "rate rate=100M" "retry retries=1"; do
     read -r filter parameter <<<"$slow"
-    for model in "" --filter=noparallel; do
+    for model in "" requests all-requests connections; do
         fresh_file "$target" 2M
-        start_nbdkit server --filter="$FILTER" ${model:+"$model"} --filter="$filter" \
-            file "$target" "$parameter" qcowcache-cluster-size=64K
+        start_nbdkit server --filter="$FILTER" ${model:+"--filter=noparallel"} --filter="$filter" \
+            file "$target" "$parameter" ${model:+"serialize=$model"} qcowcache-cluster-size=64K
         run_client server <<'END'
 for i in range(20):
     client.pwrite(bytes([i + 1]) * 3000, i * 100003)

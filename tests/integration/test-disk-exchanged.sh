@@ -191,33 +191,3 @@ for exchange in moved killed; do
         kill_server far1 || : # which is not there, or needs no good end
     done
 done
-
-# There the newcomer's disk is the newcomer's from the beginning.
-echo "=== nbdkit's tmpdisk plugin"
-# shellcheck disable=SC2016  # the plugin's own shell sets these variables
-start_nbdkit tmpdisk --filter="$FILTER" tmpdisk "$size" command='truncate -s $size "$disk"'
-python "$work/tmpdisk.sock" "$work/expected" <<'END'
-import sys
-from nbd_clients import connect
-image = open(sys.argv[2], "rb").read()
-
-reads = [connect(sys.argv[1]) for _ in range(4)]
-writes = [connect(sys.argv[1]) for _ in range(4)]
-for client in reads:
-    assert client.pread(1 << 20, 0) == bytes(1 << 20)
-for client in writes:
-    for position in range(0, 1 << 20, 7001):
-        client.pwrite(b"other" * 1400 + b"!", position)
-newcomer = connect(sys.argv[1])
-assert newcomer.pread(1 << 20, 0) == bytes(1 << 20), "a newcomer reads another disk"
-leaving = reads + writes
-for i, position in enumerate(range(0, 16 << 20, 7001)):
-    newcomer.pwrite(image[position:position + 7001], position)
-    if i % 200 == 100 and leaving:
-        leaving.pop().shutdown()
-newcomer.flush()
-assert newcomer.pread(16 << 20, 0) == image[:16 << 20], "not the image"
-for client in leaving:
-    assert client.pread(5, 0) in (bytes(5), b"other"), "one who stayed reads another disk"
-END
-stop_nbdkit tmpdisk

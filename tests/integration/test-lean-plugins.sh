@@ -53,16 +53,6 @@ END
 stop_nbdkit server
 [ "$(tail -c +400002 "$work/disk" | head -c 8)" = latelate ] || fail "refused bytes were not stored later"
 
-# The file plugin, made lean in one respect at a time.
-for lean in noextents nozero nocache fua "fua fuamode=emulate" "nozero zeromode=emulate" \
-    "nozero fastzeromode=none" "multi-conn multi-conn-mode=disable"; do
-    read -r filter parameter <<<"$lean"
-    fresh_file "$work/disk" 600123
-    start_nbdkit server --filter="$FILTER" --filter="$filter" file "$work/disk" ${parameter:+"$parameter"}
-    lean_requests server
-    stop_nbdkit server
-done
-
 # A conversion, on storage that knows no zeros and no flush.
 make_tar_image "$work/source" 1M
 fresh_file "$work/disk" 4M

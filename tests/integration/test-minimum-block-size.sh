@@ -4,22 +4,9 @@
 
 source "$(dirname "$0")/functions.sh"
 
-make_tar_image "$work/source" 24M
-target=$work/target.qcow2
-
 for minimum in 512 4096 64K; do
     echo "blocks of $minimum"
     policy=(blocksize-minimum="$minimum" blocksize-preferred=64K blocksize-error-policy=error)
-    for order in "" "-W -m 16"; do
-        read -r -a options <<<"$order"
-        fresh_file "$target" 48M
-        start_nbdkit server --filter="$FILTER" --filter=blocksize-policy file "$target" "${policy[@]}"
-        convert "$work/source" "$(uri server)" 4k zlib "${options[@]}"
-        qemu-img compare -q -f raw -F qcow2 "$work/source" "$(uri server)"
-        stop_nbdkit server
-        image_holds "$target" "$work/source"
-    done
-
     # No image: nothing is cached, but every request is made to fit.  The file
     # is no whole number of blocks, and what does not fit cannot be used.
     for header in none 64K; do

@@ -189,6 +189,7 @@ check "blocks of 64K" 1048576 3 12 --filter=blocksize-policy file "$disk" \
 check "no zero, no extents, no cache" 1048699 3 16 --filter=nozero --filter=noextents \
     --filter=nocache file "$disk" cachemode=none
 check "zero as writes" 524411 3 16 --filter=nozero file "$disk" zeromode=emulate
+check "no fast zero" 524411 3 16 --filter=nozero file "$disk" fastzeromode=none
 check "FUA as flush" 524411 4 16 --filter=fua file "$disk" fuamode=emulate
 check "no FUA" 524411 3 16 --filter=fua file "$disk" qcowcache-writers=0
 check "requests one at a time" 1048699 4 16 --filter=noparallel file "$disk" serialize=requests

@@ -95,7 +95,7 @@ serve ()
 export work
 # For the shell that nbdkit starts.
 # shellcheck disable=SC2016
-convert_command='qemu-img convert -c -t none -f raw -O qcow2 -o cluster_size=64k,compression_type=zlib "$work/source" "$uri"'
+convert_command='qemu-img convert -c -t none -W -m 16 -f raw -O qcow2 -o cluster_size=64k,compression_type=zlib "$work/source" "$uri"'
 # shellcheck disable=SC2016
 compare_command='qemu-img check -q -f qcow2 "$uri" && qemu-img compare -q -f raw -F qcow2 "$work/source" "$uri"'
 # shellcheck disable=SC2016
