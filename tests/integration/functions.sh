@@ -440,35 +440,7 @@ run_client ()
 mixed_requests ()
 {
     run_client "$1" <<'END'
-random.seed(20)
-limit = 4 << 20
-position = 512
-for step in range(400):
-    length = random.choice([1, 3, 511, 4096, 7777, 26700, 65536, 130001])
-    kind = random.choice("wwwwwwwWrrzZtfcb")
-    if kind in "wW":
-        # Mostly appending, as a qcow2 client does.
-        if position + length > limit:
-            position = 512
-        flags = nbd.CMD_FLAG_FUA if kind == "W" else 0
-        client.pwrite(random.randbytes(length), position, flags)
-        position += length
-    elif kind == "f":
-        client.flush()
-    else:
-        offset = random.randrange(512, limit - length)
-        if kind == "r":
-            client.pread(length, offset)
-        elif kind == "z":
-            client.zero(length, offset, nbd.CMD_FLAG_NO_HOLE)
-        elif kind == "Z":
-            client.zero(length, offset, nbd.CMD_FLAG_FUA)
-        elif kind == "t":
-            client.trim(length, offset)
-        elif kind == "c":
-            client.cache(length, offset)
-        elif kind == "b":
-            client.block_status(length, offset, lambda *ignored: 0)
+mixed_requests(client, random.Random(20), 400, 512, 4 << 20)
 client.flush()
 client.shutdown()
 END

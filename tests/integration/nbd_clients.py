@@ -393,6 +393,35 @@ def random_requests(client, steps, first=RESERVED):
     client.same(0, size, "read at the end")
 
 
+def mixed_requests(client, dice, steps, begin, end, refusals=False):
+    """Requests of every kind, of sizes that fit nothing. What they are answered nobody looks at."""
+    position = begin
+    for _ in range(steps):
+        length = dice.choice([1, 3, 511, 4096, 7777, 26700, 65536, 130001])
+        kind = dice.choice(["write"] * 8 + ["fua", "read", "read", "zero", "durable zero", "trim", "flush"]
+                           + ["cache", "extents"] + ["fast zero"] * refusals)
+        data = dice.randbytes(length)
+        # Mostly appending, as a qcow2 client does.
+        if position + length > end:
+            position = begin
+        where = position if kind in ("write", "fua") else dice.randrange(begin, end - length)
+        position += length if kind in ("write", "fua") else 0
+        error = error_of({
+            "write": lambda: client.pwrite(data, where),
+            "fua": lambda: client.pwrite(data, where, nbd.CMD_FLAG_FUA),
+            "read": lambda: client.pread(length, where),
+            "zero": lambda: client.zero(length, where, nbd.CMD_FLAG_NO_HOLE),
+            "fast zero": lambda: client.zero(length, where, nbd.CMD_FLAG_FAST_ZERO),
+            "durable zero": lambda: client.zero(length, where, nbd.CMD_FLAG_FUA),
+            "trim": lambda: client.trim(length, where),
+            "flush": client.flush,
+            "cache": lambda: client.cache(length, where),
+            "extents": lambda: client.block_status(length, where, lambda *ignored: 0),
+        }[kind])
+        if error and not refusals:
+            raise Wrong(f"{kind} {where}-{where + length}: {error}")
+
+
 def run():
     """The program on standard input, with what functions.sh says of run_client, and all of the above."""
     address, *arguments = sys.argv[1:]

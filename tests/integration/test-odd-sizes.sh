@@ -48,9 +48,10 @@ for size in 0 1 2 511 513 4095 4097 65535 65537 1048577; do
     done
 done
 
-# Images in such files.
-for size in 112 511 4097 65537 1048577; do
-    fresh_image "$work/disk" "$size" 16
+# Images in such files, and what the beginning of an image's header leaves of one.
+for size in 1 3 4 7 8 20 23 24 48 71 112 511 4097 65537 1048577; do
+    fresh_image "$work/disk" 112 16
+    truncate -s "$size" "$work/disk"
     start_nbdkit server --filter="$FILTER" file "$work/disk"
     use server
     stop_nbdkit server

@@ -17,39 +17,12 @@ run_nbdkit_under valgrind --quiet --error-exitcode=99 --leak-check=full \
 clients ()
 {
     python "$work/server.sock" "$1" <<'END'
-import nbd, os, random, sys, threading
-from nbd_clients import connect
+import os, random, sys, threading
+from nbd_clients import connect, error_of, mixed_requests
 
 def work(number, client, steps):
-    chosen = random.Random(number)
-    first = (number + 1) << 19
-    position = first
-    for _ in range(steps):
-        length = chosen.choice([1, 300, 4096, 9001, 65536, 131072])
-        if position + length > first + (1 << 19):
-            position = first
-        kind = chosen.choice("wwwwwFrrzZtbcf")
-        try:
-            if kind in "wF":
-                client.pwrite(chosen.randbytes(length), position,
-                              nbd.CMD_FLAG_FUA if kind == "F" else 0)
-            elif kind == "r":
-                client.pread(length, position)
-            elif kind == "z":
-                client.zero(length, position)
-            elif kind == "Z":
-                client.zero(length, position, nbd.CMD_FLAG_FAST_ZERO)
-            elif kind == "t":
-                client.trim(length, position)
-            elif kind == "b":
-                client.block_status(length, position, lambda *ignored: 0)
-            elif kind == "c":
-                client.cache(length, position)
-            else:
-                client.flush()
-        except nbd.Error:
-            pass # the other tests look at answers
-        position += length
+    # The other tests look at answers.
+    mixed_requests(client, random.Random(number), steps, (number + 1) << 19, (number + 2) << 19, refusals=True)
 
 for lives in range(2):
     clients = [connect(sys.argv[1]) for _ in range(5)]
@@ -69,12 +42,8 @@ for _ in range(50):
     if accepted:
         break
     last = connect(sys.argv[1])
-    try:
-        for i in range(20):
-            last.pwrite(b"left" * 100, (8 << 20) + i * 70001)
-            accepted += 1
-    except nbd.Error:
-        pass # the header could not be read: nothing was cached
+    # Where the header could not be read nothing is cached.
+    accepted = sum(not error_of(lambda: last.pwrite(b"left" * 100, (8 << 20) + i * 70001)) for i in range(20))
 os._exit(0)
 END
 }
