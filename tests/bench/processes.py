@@ -64,6 +64,17 @@ def processor_ns(pid):
     return time.clock_gettime_ns(~pid << 3 | scheduler_clock)
 
 
+def _start(command, log, environment):
+    with open(log, "wb") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **(environment or {})},
+        )
+
+
 class Client:
     """A program that is started, does its work, and ends."""
 
@@ -71,14 +82,7 @@ class Client:
         self._command = command
         self._log = log
         self.started = time.monotonic()
-        with open(log, "wb") as output:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={**os.environ, **(environment or {})},
-            )
+        self._process = _start(command, log, environment)
 
     def wait(self):
         """Waits for the end, which must be a good one; returns Ended."""
@@ -112,14 +116,7 @@ class Server:
     def __init__(self, command, log, is_up, environment=None):
         self._command = command
         self._log = log
-        with open(log, "wb") as output:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={**os.environ, **(environment or {})},
-            )
+        self._process = _start(command, log, environment)
         self.pid = self._process.pid
         try:
             wait_until(lambda: is_up() or self._has_ended(), 30, shlex.join(command))
