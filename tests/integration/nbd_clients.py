@@ -40,7 +40,7 @@ def error_of(request):
     try:
         request()
     except nbd.Error as error:
-        return errno.errorcode[error.errnum]
+        return errno.errorcode.get(error.errnum, str(error))
     return None
 
 
@@ -96,7 +96,7 @@ class Model:
     def __init__(self, held):
         self.held = held
         self.changes = []
-        self.recent = collections.deque(maxlen=40)  # requests, in words
+        self.recent = collections.deque(maxlen=40)  # the latest requests, in words
 
     def is_(self, begin, data):
         """Whatever was there before."""
@@ -147,10 +147,9 @@ class Model:
         wrong = list(self.wrong(found, begin, *instead))
         if wrong:
             first = wrong[0]
-            raise Wrong(
+            raise Wrong("\n  ".join([
                 f"{what}: of {begin}-{begin + len(found)} {len(wrong)} bytes are wrong, from {first} to {wrong[-1]};"
-                f" the first is {found[first - begin]} and not {self.held[first]}. The latest requests:\n  "
-                + "\n  ".join(self.recent))
+                f" the first is {found[first - begin]} and not {self.held[first]}", *self.recent]))
 
     def seen(self, found, begin, what, *instead):
         """What was allowed, and from now on is so."""
