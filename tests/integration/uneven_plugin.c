@@ -179,8 +179,17 @@ static int uneven_flush(void* handle, uint32_t flags) {
   return 0;
 }
 
+/* Nothing may be left for the address sanitizer. */
+static void uneven_unload(void) {
+  for (int i = 0; i < MOST_DISKS && disks[i].name != NULL; ++i) {
+    free(disks[i].name);
+    free(disks[i].bytes);
+  }
+}
+
 static struct nbdkit_plugin plugin = {
     .name = "uneven",
+    .unload = uneven_unload,
     .config = uneven_config,
     .magic_config_key = "entered",
     .open = uneven_open,
