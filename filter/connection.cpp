@@ -10,6 +10,11 @@
 
 namespace qcowcache {
 
+Export& Connection::visit() {
+  std::call_once(visited_, [this] { export_ = exports_.visit(export_name_); });
+  return *export_;
+}
+
 Image& Connection::enter(const Image::Request& request) {
   const std::lock_guard lock(entering_);
   const std::shared_ptr<Image> present = images_.empty() ? nullptr : images_.back();
@@ -18,10 +23,8 @@ Image& Connection::enter(const Image::Request& request) {
   // Another request may have seen to it meanwhile.
   if (present && !handle_->is_guest())
     return *present;
-  if (!export_)
-    export_ = exports_.visit(export_name_);
   images_.reserve(images_.size() + 1);
-  std::shared_ptr<Image> image = export_->enter(handle_, present, request);
+  std::shared_ptr<Image> image = visit().enter(handle_, present, request);
   if (image != present) {
     images_.push_back(std::move(image));
     image_.store(images_.back().get(), std::memory_order_release);
@@ -33,12 +36,20 @@ Connection::InUse Connection::in_use(const Image::Request& request) {
   std::optional<Handle::Use> use = storage_if_any();
   if (!use)
     throw std::system_error(ESHUTDOWN, std::generic_category(), "the connection has ended");
+  const auto has_to_enter = [&](const Image* image) {
+    return image == nullptr || (handle_->is_guest() && !image->admits_guest(request));
+  };
+  const bool in_line_of_cache = capabilities().can_multi_conn && !has_to_enter(this->image());
+  std::optional<RangeLock::Owned> place =
+      request.changes ? visit().arrive(request.range, in_line_of_cache) : std::nullopt;
+  if (place)
+    visit().wait_turn(*place);
   Image* image = this->image();
-  if (image == nullptr || (handle_->is_guest() && !image->admits_guest(request)))
+  if (has_to_enter(image))
     image = &enter(request);
   if (request.changes)
     handle_->begins_to_change();
-  return InUse{image->cache(), std::move(*use), image->verifier()};
+  return InUse{image->cache(), std::move(*use), image->verifier(), std::move(place)};
 }
 
 Verifier::Outcome Connection::InUse::check() const {

@@ -45,13 +45,17 @@ public:
     Handle::Use use;
     /// nullptr: nobody checks what is written.
     Verifier* verifier = nullptr;
+    /// Whoever changes the same bytes later waits for it. Given back before `use`.
+    std::optional<RangeLock::Owned> place = std::nullopt;
 
     /// Checks what became reachable; does nothing where nobody checks. Throws std::system_error
     /// when storage cannot be read.
     [[nodiscard]] Verifier::Outcome check() const;
   };
-  /// Joins the image that the request is for. Throws ESHUTDOWN before `begin` and after `end`, and
-  /// storage's error when it has to be compared and cannot be read.
+  /// Joins the image that the request is for. One that changes something waits for those that came
+  /// before and change the same bytes, unless the image's cache sees to that. Throws ESHUTDOWN
+  /// before `begin` and after `end`, and storage's error when it has to be compared and cannot be
+  /// read.
   [[nodiscard]] InUse in_use(const Image::Request& request);
   /// Storage alone, for a hint; nothing before `begin` and after `end`.
   [[nodiscard]] std::optional<Handle::Use> storage_if_any() {
@@ -68,6 +72,7 @@ public:
   [[nodiscard]] Image* image() const noexcept { return image_.load(std::memory_order_acquire); }
 
 private:
+  Export& visit();
   Image& enter(const Image::Request& request);
   static void check_at_end(const InUse& storage);
 
@@ -77,6 +82,7 @@ private:
 
   /// Held while an image is joined, over calls into storage: requests of the same connection wait.
   std::mutex entering_;
+  std::once_flag visited_;
   std::shared_ptr<Export> export_;
   /// All that it has ever used, the last one now: a request may still be busy with an earlier one.
   std::vector<std::shared_ptr<Image>> images_;

@@ -1,6 +1,9 @@
 #include "export.hpp"
 
 #include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <system_error>
 #include <utility>
 
 namespace qcowcache {
@@ -112,6 +115,20 @@ std::shared_ptr<Image> Export::enter(const std::shared_ptr<Handle>& handle,
         found.image->cache().trust(handle->identity());
       return found.image;
     }
+  }
+}
+
+std::optional<RangeLock::Owned> Export::arrive(const ByteRange& range, bool in_line_of_cache) {
+  if (in_line_of_cache && arrivals_.idle())
+    return std::nullopt;
+  return arrivals_.ask(range);
+}
+
+void Export::wait_turn(const RangeLock::Owned& place) const {
+  constexpr std::chrono::milliseconds between_questions{50};
+  while (!place.wait_until(std::chrono::steady_clock::now() + between_questions)) {
+    if (settings_.interrupted && settings_.interrupted())
+      throw std::system_error(ESHUTDOWN, std::generic_category(), "the connection has ended");
   }
 }
 

@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -44,6 +45,16 @@ public:
   std::shared_ptr<Image> enter(const std::shared_ptr<Handle>& handle,
                                const std::shared_ptr<Image>& present,
                                const Image::Request& request);
+  /// A place among the requests that change something, in the order in which they came, from before
+  /// `enter` until they are done: comparing may take long, and so may waiting for memory, and who
+  /// comes later and asks for the same bytes must not be answered before. Nothing where the line of
+  /// the image's cache keeps that order: the request goes there at once (`in_line_of_cache`), and
+  /// so have all before it. Throws std::bad_alloc.
+  [[nodiscard]] std::optional<RangeLock::Owned> arrive(const ByteRange& range,
+                                                       bool in_line_of_cache);
+  /// Waits for those who came before. Throws ESHUTDOWN when the connection ends meanwhile.
+  void wait_turn(const RangeLock::Owned& place) const;
+
   /// It ends. With the last connection of an image goes what was learned; bytes that storage
   /// refused stay for the next connection to the same disk where connections share it, and are
   /// reported lost where they do not. REQUIRES: the handle is retired.
@@ -86,6 +97,7 @@ private:
   const Settings settings_;
   MemoryBudget& budget_;
   RangeLock ranges_;
+  RangeLock arrivals_;
 
   mutable std::mutex mutex_;
   /// Those that connections may share, the latest first, and the others.

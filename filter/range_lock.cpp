@@ -13,23 +13,31 @@ RangeLock::Owned::~Owned() {
     lock_->release(entry_);
 }
 
+bool RangeLock::Owned::wait_until(std::chrono::steady_clock::time_point deadline) const {
+  std::unique_lock lock(lock_->mutex_);
+  return lock_->released_.wait_until(lock, deadline, [this] { return lock_->granted(entry_); });
+}
+
+RangeLock::Owned RangeLock::ask(const ByteRange& range) {
+  const std::lock_guard lock(mutex_);
+  const auto entry = in_order_of_request_.insert(in_order_of_request_.end(), range);
+  ++asked_for_;
+  return {*this, entry};
+}
+
 RangeLock::Owned RangeLock::own(const ByteRange& range) {
+  Owned asked = ask(range);
   std::unique_lock lock(mutex_);
-  const auto mine = in_order_of_request_.insert(in_order_of_request_.end(), range);
-  released_.wait(lock, [&] { return granted(mine); });
-  return {*this, mine};
+  released_.wait(lock, [&] { return granted(asked.entry_); });
+  return asked;
 }
 
 std::optional<RangeLock::Owned>
 RangeLock::own_until(const ByteRange& range, std::chrono::steady_clock::time_point deadline) {
-  std::unique_lock lock(mutex_);
-  const auto mine = in_order_of_request_.insert(in_order_of_request_.end(), range);
-  if (released_.wait_until(lock, deadline, [&] { return granted(mine); }))
-    return Owned(*this, mine);
-  in_order_of_request_.erase(mine);
-  lock.unlock();
-  released_.notify_all();
-  return std::nullopt;
+  Owned asked = ask(range);
+  if (!asked.wait_until(deadline))
+    return std::nullopt;
+  return asked;
 }
 
 bool RangeLock::granted(std::list<ByteRange>::iterator mine) const noexcept {
@@ -41,6 +49,7 @@ void RangeLock::release(std::list<ByteRange>::iterator entry) noexcept {
   {
     const std::lock_guard lock(mutex_);
     in_order_of_request_.erase(entry);
+    --asked_for_;
   }
   released_.notify_all();
 }

@@ -2,8 +2,10 @@
 
 #include "byte_ranges.hpp"
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstddef>
 #include <list>
 #include <mutex>
 #include <optional>
@@ -23,7 +25,8 @@ namespace qcowcache {
 /// Thread safe.
 class RangeLock {
 public:
-  /// A range that is owned; gives it back on destruction. Must not outlive its RangeLock.
+  /// A range that is owned, or asked for; gives it back on destruction. Must not outlive its
+  /// RangeLock.
   class [[nodiscard]] Owned {
   public:
     Owned(Owned&& other) noexcept;
@@ -31,6 +34,9 @@ public:
     Owned(const Owned&) = delete;
     Owned& operator=(const Owned&) = delete;
     ~Owned();
+
+    /// Waits until it is owned, but no longer than until `deadline`. Returns whether it is.
+    [[nodiscard]] bool wait_until(std::chrono::steady_clock::time_point deadline) const;
 
   private:
     friend class RangeLock;
@@ -44,9 +50,13 @@ public:
   /// Waits until `range` can be owned. REQUIRES: the calling thread owns no range of this lock and
   /// holds no mutex.
   Owned own(const ByteRange& range);
+  /// Asks for `range`, and waits for nothing: it is owned when `Owned::wait_until` says so.
+  Owned ask(const ByteRange& range);
   /// The same, but not for longer than until `deadline`: nothing then, and nobody waits behind it.
   std::optional<Owned> own_until(const ByteRange& range,
                                  std::chrono::steady_clock::time_point deadline);
+  /// Whether nobody owns anything, or asks for it.
+  [[nodiscard]] bool idle() const noexcept { return asked_for_ == 0; }
 
 private:
   [[nodiscard]] bool granted(std::list<ByteRange>::iterator mine) const noexcept;
@@ -55,6 +65,8 @@ private:
   std::mutex mutex_;
   std::condition_variable released_;
   std::list<ByteRange> in_order_of_request_;
+  /// Its size, for `idle`.
+  std::atomic<std::size_t> asked_for_ = 0;
 };
 
 } // namespace qcowcache

@@ -632,6 +632,73 @@ TEST_CASE("storage of one export that hangs does not stop another", "[connection
   go_on.count_down();
 }
 
+TEST_CASE("who has to be recognised first is not overtaken meanwhile", "[connection]") {
+  Serving serving(64 * unit, 0);
+  const Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  const auto disk = image(40 * unit);
+  std::latch compares(1);
+  std::latch go_on(1);
+  Client client(serving, "a", disk, capabilities);
+  client.write(8 * unit, pattern(5000, 1));
+  Client early(serving, "a", disk, capabilities, [&](const MemoryStorage::Call& call) {
+    if (call.kind == Kind::read && !compares.try_wait()) {
+      compares.count_down();
+      go_on.wait();
+    }
+  });
+  WatchedThread writes_early([&] { early.write(3 * unit + 100, pattern(700, 2)); });
+  compares.wait();
+  WatchedThread also_early([&] { early.write(4 * unit + 100, pattern(700, 3)); });
+  CHECK(also_early.waits());
+  WatchedThread writes_late([&] {
+    client.write(3 * unit + 200, pattern(100, 4));
+    client.write(4 * unit + 200, pattern(100, 4));
+  });
+  CHECK(writes_late.waits());
+  client.write(5 * unit, pattern(100, 5)); // nobody else has asked for this
+  go_on.count_down();
+  CHECK(writes_early.ends());
+  CHECK(also_early.ends());
+  CHECK(writes_late.ends());
+  CHECK(client.read(3 * unit + 200, 100) == pattern(100, 4));
+  CHECK(client.read(4 * unit + 200, 100) == pattern(100, 4));
+}
+
+TEST_CASE("who waits for memory is not overtaken by a connection that shares nothing with it",
+          "[connection]") {
+  Serving serving(6 * (unit + 8192), 1);
+  Capabilities capabilities = MemoryStorage::everything(40 * unit);
+  capabilities.can_multi_conn = false;
+  const auto disk = image(40 * unit);
+  std::latch hangs(1);
+  std::latch go_on(1);
+  Client early(serving, "a", disk, capabilities, [&](const MemoryStorage::Call& call) {
+    if (call.kind == Kind::write) {
+      hangs.count_down(hangs.try_wait() ? 0 : 1);
+      go_on.wait();
+    }
+  });
+  WatchedThread fills([&] {
+    for (unsigned i = 10; i < 20; ++i)
+      early.write(i * unit, pattern(unit, i));
+  });
+  hangs.wait();
+  CHECK(fills.waits());
+  WatchedThread writes_early([&] { early.write(3 * unit + 100, pattern(700, 2)); });
+  CHECK(writes_early.waits());
+  Client late(serving, "a", disk, capabilities);
+  WatchedThread writes_late([&] { late.write(3 * unit + 200, pattern(100, 4)); });
+  CHECK(writes_late.waits());
+  late.write(5 * unit, pattern(100, 5), true); // nobody else has asked for this
+  go_on.count_down();
+  CHECK(fills.ends());
+  CHECK(writes_early.ends());
+  CHECK(writes_late.ends());
+  early.flush();
+  late.flush();
+  CHECK(on(*disk, 3 * unit + 200, 100) == pattern(100, 4));
+}
+
 TEST_CASE("partial units that nobody comes back to are written in the background", "[connection]") {
   Serving serving(64 * unit, 2);
   const auto disk = image(40 * unit);

@@ -87,7 +87,8 @@ public:
   ~Client() { leave(); }
 
   void write(std::uint64_t offset, std::span<const std::byte> data, bool fua = false) {
-    const qcowcache::Connection::InUse in_use = connection_.in_use({true});
+    const qcowcache::Connection::InUse in_use =
+        connection_.in_use({true, {offset, offset + data.size()}});
     in_use.cache.write(in_use.use.storage(), offset, data, fua);
   }
   std::vector<std::byte> read(std::uint64_t offset, std::size_t size) {
@@ -103,11 +104,11 @@ public:
   }
   void zero(const qcowcache::ByteRange& range,
             const qcowcache::Storage::ZeroOptions& options = {}) {
-    const qcowcache::Connection::InUse in_use = connection_.in_use({true});
+    const qcowcache::Connection::InUse in_use = connection_.in_use({true, range});
     in_use.cache.zero(in_use.use.storage(), range, options);
   }
   void trim(const qcowcache::ByteRange& range, bool fua = false) {
-    const qcowcache::Connection::InUse in_use = connection_.in_use({true});
+    const qcowcache::Connection::InUse in_use = connection_.in_use({true, range});
     in_use.cache.trim(in_use.use.storage(), range, fua);
   }
   qcowcache::Storage::Extents extents(const qcowcache::ByteRange& range) {

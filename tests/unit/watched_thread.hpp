@@ -22,14 +22,20 @@ public:
           finished_.set_value();
         }) {}
 
-  /// Waits until the thread sleeps. REQUIRES: what it does before it is to wait never sleeps.
+  /// Waits until the thread sleeps, and returns whether it ever does. REQUIRES: what it does before
+  /// it is to wait never sleeps.
   [[nodiscard]] bool waits() {
     // Once may be a moment in a mutex that another thread is just leaving.
+    constexpr int often = 20;
     int times_asleep = 0;
-    return becomes_true([&] {
+    const auto give_up = std::chrono::steady_clock::now() + patience;
+    while (times_asleep < often && std::chrono::steady_clock::now() < give_up) {
+      if (ended_.wait_for(std::chrono::seconds(0)) == std::future_status::ready)
+        return false;
       times_asleep = asleep() ? times_asleep + 1 : 0;
-      return times_asleep == 20;
-    });
+      std::this_thread::yield();
+    }
+    return times_asleep == often;
   }
 
   /// Waits until the work is done.
@@ -38,17 +44,6 @@ public:
 private:
   /// Only a failing test waits as long as this.
   static constexpr std::chrono::seconds patience{20};
-
-  template <typename Condition>
-  static bool becomes_true(Condition condition) {
-    const auto give_up = std::chrono::steady_clock::now() + patience;
-    while (!condition()) {
-      if (std::chrono::steady_clock::now() > give_up)
-        return false;
-      std::this_thread::yield();
-    }
-    return true;
-  }
 
   /// As the kernel says: the letter behind the name, which stands in parentheses.
   [[nodiscard]] bool asleep() const {
