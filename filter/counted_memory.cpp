@@ -7,8 +7,6 @@ namespace qcowcache {
 
 namespace {
 
-/// The budget hands out whole pages, so one of each grant lies idle.
-constexpr std::size_t page_size = 4096;
 /// What an allocation costs beside its own bytes, at most.
 constexpr std::size_t overhead = 32;
 
@@ -24,7 +22,8 @@ bool MemoryShare::take(std::size_t most, std::size_t own, std::size_t more) noex
 }
 
 std::size_t CountedMemory::granted() const noexcept {
-  return grants_.size() * (grant - page_size);
+  // The budget hands out whole pages, so one of each grant lies idle.
+  return grants_.size() * (grant - MemoryBudget::page_size);
 }
 
 bool CountedMemory::too_much() const {
@@ -40,7 +39,7 @@ bool CountedMemory::could_have(std::size_t bytes) const {
   const std::size_t others = share_->taken() / grant - grants_.size();
   // The last of so many is the one for which most has to be free.
   const std::size_t grants = others >= most ? 0 : (most - others + 1) / 2;
-  return bytes + overhead <= grants * (grant - page_size);
+  return bytes + overhead <= grants * (grant - MemoryBudget::page_size);
 }
 
 bool CountedMemory::take_grant() {
@@ -49,7 +48,7 @@ bool CountedMemory::take_grant() {
     return false;
   std::shared_ptr<MemoryBudget::Buffer> more;
   try {
-    more = budget_.try_take(page_size, grant - page_size);
+    more = budget_.try_take(MemoryBudget::page_size, grant - MemoryBudget::page_size);
   } catch (const std::bad_alloc&) {
     more = nullptr;
   }
@@ -91,7 +90,7 @@ void CountedMemory::do_deallocate(void* memory, std::size_t bytes, std::size_t a
   used_ -= bytes + overhead;
   // One is kept, so that a container that grows and shrinks does not go back and forth.
   const auto spare = [this](std::size_t grants) {
-    return used_ + grants * (grant - page_size) <= granted();
+    return used_ + grants * (grant - MemoryBudget::page_size) <= granted();
   };
   while (!grants_.empty() && (used_ == 0 || spare(2) || (spare(1) && too_much())))
     give_grant();

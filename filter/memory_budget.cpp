@@ -7,10 +7,6 @@
 
 namespace qcowcache {
 
-namespace {
-constexpr std::size_t page_size = 4096;
-}
-
 void MemoryBudget::Buffer::Release::operator()(std::byte* memory) const noexcept {
   ::operator delete[](memory, std::align_val_t{page_size});
 }

@@ -23,6 +23,9 @@ namespace qcowcache {
 /// cache's.
 class MemoryBudget {
 public:
+  /// Buffers begin at a multiple of this, in bytes, and their sizes are.
+  static constexpr std::size_t page_size = 4096;
+
   using Clock = std::chrono::steady_clock;
 
   /// `size` bytes that begin on a page; what it was charged goes back to the budget on destruction.

@@ -10,14 +10,14 @@ namespace qcowcache {
 
 namespace {
 
-enum class Unit { number, bytes, nanoseconds };
+enum class CountedIn { number, bytes, nanoseconds };
 
 /// A count as reports show it. Rows of one name stand together and differ by their cause.
 struct Row {
   Count count;
   std::string_view name;
   std::string_view cause;
-  Unit unit;
+  CountedIn unit;
   std::string_view help;
   /// It falls, too.
   bool is_gauge = false;
@@ -26,70 +26,79 @@ struct Row {
 constexpr std::string_view partial_help = "Units written before clients had filled them";
 
 constexpr std::array<Row, counts> table{{
-    {Count::client_writes, "client_writes", "", Unit::number, "Write requests of clients"},
-    {Count::client_odd_writes, "client_odd_writes", "", Unit::number,
+    {Count::client_writes, "client_writes", "", CountedIn::number, "Write requests of clients"},
+    {Count::client_odd_writes, "client_odd_writes", "", CountedIn::number,
      "Write requests of clients that are not whole blocks of 4096 bytes"},
-    {Count::client_written_bytes, "client_written_bytes", "", Unit::bytes,
+    {Count::client_written_bytes, "client_written_bytes", "", CountedIn::bytes,
      "Bytes in write requests of clients"},
-    {Count::client_reads, "client_reads", "", Unit::number, "Read requests of clients"},
-    {Count::client_read_bytes, "client_read_bytes", "", Unit::bytes,
+    {Count::client_reads, "client_reads", "", CountedIn::number, "Read requests of clients"},
+    {Count::client_read_bytes, "client_read_bytes", "", CountedIn::bytes,
      "Bytes in read requests of clients"},
-    {Count::client_flushes, "client_flushes", "", Unit::number, "Flush requests of clients"},
-    {Count::client_zeros, "client_zeros", "", Unit::number, "Zero requests of clients"},
-    {Count::client_trims, "client_trims", "", Unit::number, "Trim requests of clients"},
-    {Count::storage_writes, "storage_writes", "", Unit::number,
+    {Count::client_flushes, "client_flushes", "", CountedIn::number, "Flush requests of clients"},
+    {Count::client_zeros, "client_zeros", "", CountedIn::number, "Zero requests of clients"},
+    {Count::client_trims, "client_trims", "", CountedIn::number, "Trim requests of clients"},
+    {Count::storage_writes, "storage_writes", "", CountedIn::number,
      "Writes that storage has carried out"},
-    {Count::storage_written_bytes, "storage_written_bytes", "", Unit::bytes,
+    {Count::storage_written_bytes, "storage_written_bytes", "", CountedIn::bytes,
      "Bytes in writes that storage has carried out"},
-    {Count::merged_writes, "merged_writes", "", Unit::number,
+    {Count::merged_writes, "merged_writes", "", CountedIn::number,
      "Writes of several units at once that storage has carried out"},
-    {Count::whole_units, "whole_units", "", Unit::number,
+    {Count::whole_units, "whole_units", "", CountedIn::number,
      "Units written after clients had filled them"},
-    {Count::partial_units_flush, "partial_units", "flush", Unit::number, partial_help},
-    {Count::partial_units_disconnect, "partial_units", "disconnect", Unit::number, partial_help},
-    {Count::partial_units_expiry, "partial_units", "expiry", Unit::number, partial_help},
-    {Count::partial_units_memory, "partial_units", "memory", Unit::number, partial_help},
-    {Count::partial_units_cluster_end, "partial_units", "cluster_end", Unit::number, partial_help},
-    {Count::partial_units_many_pieces, "partial_units", "many_pieces", Unit::number, partial_help},
-    {Count::partial_units_new_layout, "partial_units", "new_layout", Unit::number, partial_help},
-    {Count::partial_units_comparison, "partial_units", "comparison", Unit::number, partial_help},
-    {Count::writes_through, "writes_through", "", Unit::number,
+    {Count::partial_units_flush, "partial_units", "flush", CountedIn::number, partial_help},
+    {Count::partial_units_disconnect, "partial_units", "disconnect", CountedIn::number,
+     partial_help},
+    {Count::partial_units_expiry, "partial_units", "expiry", CountedIn::number, partial_help},
+    {Count::partial_units_memory, "partial_units", "memory", CountedIn::number, partial_help},
+    {Count::partial_units_cluster_end, "partial_units", "cluster_end", CountedIn::number,
+     partial_help},
+    {Count::partial_units_many_pieces, "partial_units", "many_pieces", CountedIn::number,
+     partial_help},
+    {Count::partial_units_new_layout, "partial_units", "new_layout", CountedIn::number,
+     partial_help},
+    {Count::partial_units_comparison, "partial_units", "comparison", CountedIn::number,
+     partial_help},
+    {Count::writes_through, "writes_through", "", CountedIn::number,
      "Writes of clients, or parts of them, that storage had before they were acknowledged"},
-    {Count::storage_reads, "storage_reads", "", Unit::number, "Reads that storage has carried out"},
-    {Count::storage_read_bytes, "storage_read_bytes", "", Unit::bytes,
+    {Count::storage_reads, "storage_reads", "", CountedIn::number,
+     "Reads that storage has carried out"},
+    {Count::storage_read_bytes, "storage_read_bytes", "", CountedIn::bytes,
      "Bytes in reads that storage has carried out"},
-    {Count::fill_up_reads, "fill_up_reads", "", Unit::number,
+    {Count::fill_up_reads, "fill_up_reads", "", CountedIn::number,
      "Reads of what was missing of a block before it could be written"},
-    {Count::fill_up_read_bytes, "fill_up_read_bytes", "", Unit::bytes,
+    {Count::fill_up_read_bytes, "fill_up_read_bytes", "", CountedIn::bytes,
      "Bytes read because they were missing of a block"},
-    {Count::storage_flushes, "storage_flushes", "", Unit::number,
+    {Count::storage_flushes, "storage_flushes", "", CountedIn::number,
      "Flushes that storage has carried out"},
-    {Count::storage_zeros, "storage_zeros", "", Unit::number,
+    {Count::storage_zeros, "storage_zeros", "", CountedIn::number,
      "Zero requests that storage has carried out"},
-    {Count::storage_trims, "storage_trims", "", Unit::number, "Trims that storage has carried out"},
-    {Count::reservations, "reservations", "", Unit::number,
+    {Count::storage_trims, "storage_trims", "", CountedIn::number,
+     "Trims that storage has carried out"},
+    {Count::reservations, "reservations", "", CountedIn::number,
      "Times that storage has reserved room for writes of clients"},
-    {Count::reserved_bytes, "reserved_bytes", "", Unit::bytes, "Bytes of room that it reserved"},
-    {Count::refused_reservations, "refused_reservations", "", Unit::number,
+    {Count::reserved_bytes, "reserved_bytes", "", CountedIn::bytes,
+     "Bytes of room that it reserved"},
+    {Count::refused_reservations, "refused_reservations", "", CountedIn::number,
      "Times that it had no room for so much as a unit"},
-    {Count::memory_wait, "memory_wait_seconds", "", Unit::nanoseconds,
+    {Count::memory_wait, "memory_wait_seconds", "", CountedIn::nanoseconds,
      "Time that writes of clients waited for memory"},
-    {Count::verified_deflate_clusters, "verified_deflate_clusters", "", Unit::number,
+    {Count::verified_deflate_clusters, "verified_deflate_clusters", "", CountedIn::number,
      "Clusters compressed by deflate that were found to be readable"},
-    {Count::verified_deflate_bytes, "verified_deflate_bytes", "", Unit::bytes,
+    {Count::verified_deflate_bytes, "verified_deflate_bytes", "", CountedIn::bytes,
      "Compressed bytes of these clusters"},
-    {Count::verified_zstd_clusters, "verified_zstd_clusters", "", Unit::number,
+    {Count::verified_zstd_clusters, "verified_zstd_clusters", "", CountedIn::number,
      "Clusters compressed by zstd that were found to be readable"},
-    {Count::verified_zstd_bytes, "verified_zstd_bytes", "", Unit::bytes,
+    {Count::verified_zstd_bytes, "verified_zstd_bytes", "", CountedIn::bytes,
      "Compressed bytes of these clusters"},
-    {Count::unreadable_clusters, "unreadable_clusters", "", Unit::number,
+    {Count::unreadable_clusters, "unreadable_clusters", "", CountedIn::number,
      "Compressed clusters that could not be read when they were last checked", true},
-    {Count::unreadable_alarms, "unreadable_alarms", "", Unit::number,
+    {Count::unreadable_alarms, "unreadable_alarms", "", CountedIn::number,
      "Compressed clusters that were found not to be readable, each time"},
-    {Count::refused_writes, "refused_writes", "", Unit::number, "Writes that storage has refused"},
-    {Count::retries, "retries", "", Unit::number,
+    {Count::refused_writes, "refused_writes", "", CountedIn::number,
+     "Writes that storage has refused"},
+    {Count::retries, "retries", "", CountedIn::number,
      "Units that were tried again after storage had refused them"},
-    {Count::lost_bytes, "lost_bytes", "", Unit::bytes,
+    {Count::lost_bytes, "lost_bytes", "", CountedIn::bytes,
      "Acknowledged bytes that storage never took and that are gone"},
 }};
 
@@ -106,18 +115,18 @@ static_assert(in_order(), "the table has one row for each count, in the order of
 struct ServerRow {
   std::uint64_t Snapshot::*value;
   std::string_view name;
-  Unit unit;
+  CountedIn unit;
   std::string_view help;
 };
 
 constexpr std::array<ServerRow, 4> server_table{{
-    {&Snapshot::elapsed_nanoseconds, "elapsed_seconds", Unit::nanoseconds,
+    {&Snapshot::elapsed_nanoseconds, "elapsed_seconds", CountedIn::nanoseconds,
      "Time since the server began"},
-    {&Snapshot::memory_limit_bytes, "memory_limit_bytes", Unit::bytes,
+    {&Snapshot::memory_limit_bytes, "memory_limit_bytes", CountedIn::bytes,
      "Memory allowed for cached data of all exports"},
-    {&Snapshot::memory_used_bytes, "memory_used_bytes", Unit::bytes,
+    {&Snapshot::memory_used_bytes, "memory_used_bytes", CountedIn::bytes,
      "Memory in use for cached data of all exports"},
-    {&Snapshot::memory_peak_bytes, "memory_peak_bytes", Unit::bytes,
+    {&Snapshot::memory_peak_bytes, "memory_peak_bytes", CountedIn::bytes,
      "The most memory that was in use for cached data of all exports"},
 }};
 
@@ -132,7 +141,7 @@ struct DerivedRow {
   Count dividend;
   Count divisor;
   std::string_view name;
-  Unit unit;
+  CountedIn unit;
   std::string_view help;
 
   [[nodiscard]] std::optional<double> of(const Totals& totals) const {
@@ -141,12 +150,12 @@ struct DerivedRow {
 };
 
 constexpr std::array<DerivedRow, 3> derived_table{{
-    {Count::client_written_bytes, Count::client_writes, "average_client_write_bytes", Unit::bytes,
-     "Average write request of clients"},
+    {Count::client_written_bytes, Count::client_writes, "average_client_write_bytes",
+     CountedIn::bytes, "Average write request of clients"},
     {Count::storage_written_bytes, Count::storage_writes, "average_storage_write_bytes",
-     Unit::bytes, "Average write that storage has carried out"},
-    {Count::storage_written_bytes, Count::client_written_bytes, "write_amplification", Unit::number,
-     "Bytes written to storage for each byte that clients wrote"},
+     CountedIn::bytes, "Average write that storage has carried out"},
+    {Count::storage_written_bytes, Count::client_written_bytes, "write_amplification",
+     CountedIn::number, "Bytes written to storage for each byte that clients wrote"},
 }};
 
 std::string decimal(double value, int digits) {
@@ -158,8 +167,8 @@ std::string decimal(double value, int digits) {
 }
 
 /// For machines: exact.
-std::string number(std::uint64_t value, Unit unit) {
-  if (unit != Unit::nanoseconds)
+std::string number(std::uint64_t value, CountedIn unit) {
+  if (unit != CountedIn::nanoseconds)
     return std::to_string(value);
   constexpr std::uint64_t second = 1'000'000'000;
   const std::string fraction = std::to_string(value % second);
@@ -167,8 +176,8 @@ std::string number(std::uint64_t value, Unit unit) {
 }
 
 /// For people: as nbdkit's own stats filter writes sizes and times.
-std::string legible(double value, Unit unit) {
-  if (unit == Unit::nanoseconds)
+std::string legible(double value, CountedIn unit) {
+  if (unit == CountedIn::nanoseconds)
     return decimal(value / 1e9, 3) + " s";
   std::size_t power = 0;
   constexpr std::array<std::string_view, 5> units{"bytes", "KiB", "MiB", "GiB", "TiB"};
@@ -179,8 +188,9 @@ std::string legible(double value, Unit unit) {
   return decimal(value, power == 0 ? 0 : 2) + " " + std::string(units[power]);
 }
 
-std::string legible(std::uint64_t value, Unit unit) {
-  return unit == Unit::number ? std::to_string(value) : legible(static_cast<double>(value), unit);
+std::string legible(std::uint64_t value, CountedIn unit) {
+  return unit == CountedIn::number ? std::to_string(value)
+                                   : legible(static_cast<double>(value), unit);
 }
 
 /// In double quotes, for JSON and Prometheus, which agree about what `printable` leaves.
@@ -217,8 +227,8 @@ void add_text(std::string& text, const std::string& title, const Totals& totals)
   }
   for (const DerivedRow& row : derived_table) {
     const std::optional<double> value = row.of(totals);
-    const std::string shown = row.unit == Unit::bytes ? legible(value.value_or(0), row.unit)
-                                                      : decimal(value.value_or(0), 3);
+    const std::string shown = row.unit == CountedIn::bytes ? legible(value.value_or(0), row.unit)
+                                                           : decimal(value.value_or(0), 3);
     add_text_line(text, value ? shown : "-", row.help);
     text += "\n";
   }

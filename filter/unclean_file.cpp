@@ -21,7 +21,7 @@ constexpr std::size_t line_step = 64;
 constexpr std::size_t most_names = 1000;
 /// So much no list of names takes, each of which has 4096 bytes at most, as NBD has it, and up to
 /// four characters for each of these: it is another file.
-constexpr std::size_t most_text = std::size_t{32} * 1024 * 1024;
+constexpr std::size_t largest_record = std::size_t{32} * 1024 * 1024;
 
 void must(int result) {
   if (result != 0)
@@ -140,7 +140,7 @@ void UncleanFile::open() {
 
 std::string UncleanFile::read() const {
   const auto size = static_cast<std::uint64_t>(status_of(file_.get()).st_size);
-  if (size > most_text)
+  if (size > largest_record)
     throw std::system_error(EINVAL, std::generic_category(), "it is too large for a list of names");
   std::string text(size, '\0');
   const ssize_t length = pread(fileno(file_.get()), text.data(), text.size(), 0);

@@ -27,7 +27,7 @@ namespace {
 constexpr std::uint64_t unit = WriteCache::least_unit_size;
 
 // Under a sanitizer each run takes many times as long.
-constexpr std::uint64_t usual_runs = sanitized ? 3 : 6;
+constexpr std::uint64_t usual_runs = sanitized ? 2 : 6;
 /// So many states are looked at of each moment.
 constexpr unsigned states_of_each = sanitized ? 8 : 64;
 

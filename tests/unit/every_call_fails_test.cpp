@@ -111,6 +111,10 @@ TEST_CASE("whichever request of storage fails, nothing is lost and no flush lies
   fault.once = GENERATE(true, false);
   fault.done = GENERATE(Done::none, Done::all);
   const bool plenty = GENERATE(true, false);
+  // Sanitizers look at the paths that errors take: a third of all combinations has each of them.
+  static unsigned combinations = 0;
+  if (sanitized && combinations++ % 3 != 0)
+    return;
   if (!plenty) {
     if (!sequence.setup.background) // nobody would give back what requests wait for
       sequence.setup.memory = std::uint64_t{4} * (65536 + 8192);
