@@ -1,6 +1,11 @@
 #include "connection.hpp"
 
+#include "answer.hpp"
 #include "cached_image.hpp"
+#include "qcow2/header.hpp"
+#include "qcow2/new_image.hpp"
+#include "statistics.hpp"
+#include "unclean_file.hpp"
 
 #include <cerrno>
 #include <new>
@@ -50,6 +55,122 @@ Connection::InUse Connection::in_use(const Image::Request& request) {
   if (request.changes)
     handle_->begins_to_change();
   return InUse{image->cache(), std::move(*use), image->verifier(), std::move(place)};
+}
+
+void Connection::before_request() const {
+  if (settings().before_request)
+    settings().before_request();
+}
+
+void Connection::refuse_if_lost() const {
+  if (settings().unclean != nullptr)
+    settings().unclean->refuse_if_lost(export_name_);
+}
+
+/// An export that has lost bytes takes no more, but for what may begin a new image.
+void Connection::refuse_if_lost(std::uint64_t offset) const {
+  if (offset >= qcow2::header_bytes)
+    refuse_if_lost();
+}
+
+void Connection::begin_anew() const noexcept {
+  if (settings().unclean != nullptr)
+    settings().unclean->begin_anew(export_name_);
+}
+
+void Connection::read(std::uint64_t offset, std::span<std::byte> data) {
+  const InUse in_use = this->in_use({false, {offset, offset + data.size()}});
+  in_use.cache.read(in_use.use.storage(), offset, data);
+  if (in_use.verifier != nullptr)
+    in_use.verifier->client_read([&] { return in_use.cache.header().header; }, offset, data);
+}
+
+/// `work` changes the range on what it is given, and says what has come of it.
+template <typename Work>
+void Connection::change(const ByteRange& range, Work work) {
+  refuse_if_lost(range.begin);
+  const InUse in_use = this->in_use({true, range});
+  CachedImage image(in_use.cache, in_use.use.storage());
+  Verifier::Change change(in_use.verifier, image, range);
+  work(in_use.cache, in_use.use.storage(), change);
+}
+
+void Connection::write(std::uint64_t offset, std::span<const std::byte> data, bool fua) {
+  before_request();
+  change({offset, offset + data.size()},
+         [&](WriteCache& cache, Storage& storage, Verifier::Change& change) {
+           cache.write(storage, offset, data, fua);
+           change.wrote(data);
+           if (qcow2::begins_image(offset, data))
+             begin_anew();
+         });
+}
+
+void Connection::trim(const ByteRange& range, bool fua) {
+  change(range, [&](WriteCache& cache, Storage& storage, Verifier::Change& /*what is there now*/) {
+    cache.trim(storage, range, fua);
+  });
+}
+
+void Connection::zero(const ByteRange& range, const Storage::ZeroOptions& options) {
+  change(range, [&](WriteCache& cache, Storage& storage, Verifier::Change& change) {
+    try {
+      cache.zero(storage, range, options);
+    } catch (const std::system_error& error) {
+      const bool not_fast = error.code() == std::errc::not_supported ||
+                            error.code() == std::errc::operation_not_supported;
+      if (options.fast && not_fast)
+        throw Answer(ENOTSUP, std::generic_category(), "no fast zero");
+      throw;
+    }
+    change.zeroed();
+    if (range.begin == 0 && range.size() >= sizeof qcow2::header_magic)
+      begin_anew();
+  });
+}
+
+Storage::Extents Connection::extents(const ByteRange& range, bool only_first) {
+  const InUse in_use = this->in_use({false, range});
+  return in_use.cache.extents(in_use.use.storage(), range, only_first);
+}
+
+void Connection::cache(const ByteRange& range) {
+  const std::optional<Handle::Use> use = storage_if_any();
+  if (use && use->storage().capabilities().can_cache)
+    use->storage().cache(align_outward(range, use->storage().capabilities().minimum));
+}
+
+bool Connection::can_flush() const noexcept {
+  // A flush of what nobody can write is a question for the image, where all of it is checked.
+  return capabilities().can_write || capabilities().can_flush || settings().verify_everything;
+}
+
+void Connection::flush() {
+  before_request();
+  const InUse in_use = this->in_use({});
+  in_use.cache.flush(in_use.use.storage());
+  refuse_if_lost();
+  if (check(in_use) == Verifier::Outcome::damaged && settings().damage_fails_flush)
+    throw std::system_error(EIO, std::generic_category(),
+                            "export \"" + printable(export_name_) +
+                                "\": " + std::to_string(in_use.verifier->failing()) +
+                                " compressed clusters cannot be read");
+}
+
+/// What cannot be checked because storage cannot be read is no better than damage, and worth no
+/// more than a warning where damage is not.
+Verifier::Outcome Connection::check(const InUse& in_use) const {
+  try {
+    return in_use.check();
+  } catch (const Verifier::Interrupted&) {
+    throw;
+  } catch (const std::exception& error) {
+    if (settings().damage_fails_flush)
+      throw;
+    settings().report_damage(
+        export_name_, std::string("compressed clusters could not be checked: ") + error.what());
+    return Verifier::Outcome::damaged;
+  }
 }
 
 Verifier::Outcome Connection::InUse::check() const {

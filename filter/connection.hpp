@@ -4,10 +4,12 @@
 #include "handle.hpp"
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -18,6 +20,9 @@ namespace qcowcache {
 ///
 /// Until its first data request it is an onlooker: it reads nothing, and nothing is kept or written
 /// for its sake.
+///
+/// Requests are thread safe, and may be made between `begin` and `end`: ESHUTDOWN otherwise. They
+/// throw storage's errors, std::bad_alloc, and `Answer` where nobody but the client need know.
 class Connection {
 public:
   /// The exports outlive the connection.
@@ -31,6 +36,21 @@ public:
   void begin(std::unique_ptr<Storage> storage) {
     handle_ = std::make_shared<Handle>(std::move(storage));
   }
+
+  void read(std::uint64_t offset, std::span<std::byte> data);
+  /// With `fua` it is stored when this returns, otherwise maybe only after the next flush.
+  void write(std::uint64_t offset, std::span<const std::byte> data, bool fua);
+  /// All that has been acknowledged is stored when this returns, and all compressed clusters that
+  /// became reachable can be read, where that is to be checked.
+  void flush();
+  void trim(const ByteRange& range, bool fua);
+  /// Throws `Answer`, ENOTSUP, where it is to be fast and cannot be.
+  void zero(const ByteRange& range, const Storage::ZeroOptions& options);
+  [[nodiscard]] Storage::Extents extents(const ByteRange& range, bool only_first);
+  /// A hint, which nobody minds after `end`, nor before `begin`.
+  void cache(const ByteRange& range);
+  /// Whether a flush is of any use. REQUIRES: `begin` has returned.
+  [[nodiscard]] bool can_flush() const noexcept;
 
   /// Hands over what it wrote. Storage's refusals are for `Exports::leave` to report.
   void drain() noexcept;
@@ -57,10 +77,6 @@ public:
   /// before `begin` and after `end`, and storage's error when it has to be compared and cannot be
   /// read.
   [[nodiscard]] InUse in_use(const Image::Request& request);
-  /// Storage alone, for a hint; nothing before `begin` and after `end`.
-  [[nodiscard]] std::optional<Handle::Use> storage_if_any() {
-    return handle_ ? handle_->use() : std::nullopt;
-  }
 
   /// As storage said of itself. REQUIRES: `begin` has returned.
   [[nodiscard]] const Capabilities& capabilities() const noexcept {
@@ -72,6 +88,18 @@ public:
   [[nodiscard]] Image* image() const noexcept { return image_.load(std::memory_order_acquire); }
 
 private:
+  /// Storage alone; nothing before `begin` and after `end`.
+  [[nodiscard]] std::optional<Handle::Use> storage_if_any() {
+    return handle_ ? handle_->use() : std::nullopt;
+  }
+  template <typename Work>
+  void change(const ByteRange& range, Work work);
+  [[nodiscard]] Verifier::Outcome check(const InUse& in_use) const;
+  void before_request() const;
+  void refuse_if_lost() const;
+  void refuse_if_lost(std::uint64_t offset) const;
+  void begin_anew() const noexcept;
+  [[nodiscard]] const Image::Settings& settings() const noexcept { return exports_.settings(); }
   Export& visit();
   Image& enter(const Image::Request& request);
   static void check_at_end(const InUse& storage);

@@ -45,8 +45,6 @@ public:
   CountedMemory(MemoryBudget& budget, std::shared_ptr<MemoryShare> share) noexcept
       : budget_(budget), share_(std::move(share)) {}
 
-  /// Bytes that are handed out now, with what each allocation costs beside.
-  [[nodiscard]] std::size_t used() const noexcept { return used_; }
   /// Whether more is held than may be, since the budget has become smaller, or others have come.
   [[nodiscard]] bool too_much() const;
 
@@ -68,6 +66,7 @@ private:
 
   MemoryBudget& budget_;
   const std::shared_ptr<MemoryShare> share_;
+  /// Bytes that are handed out now, with what each allocation costs beside.
   std::size_t used_ = 0;
   /// What the budget was charged, in equal pieces.
   std::vector<std::shared_ptr<MemoryBudget::Buffer>> grants_;

@@ -127,6 +127,7 @@ public:
   void leave(const std::shared_ptr<Export>& visited, const Handle& handle,
              const std::shared_ptr<Image>& image);
   void report_left() const;
+  [[nodiscard]] const Export::Settings& settings() const noexcept { return settings_; }
 
 private:
   struct Entry {

@@ -61,6 +61,10 @@ public:
     /// Whether whoever sent the request that the calling thread serves is gone, or the server ends.
     std::function<bool()> interrupted = {};
     bool verify_everything = false;
+    /// Whether a flush fails while compressed clusters cannot be read.
+    bool damage_fails_flush = false;
+    /// Called before a request is served that writes or flushes.
+    std::function<void()> before_request = {};
     /// Tells the operator that a name stands for several disks. Must not throw.
     std::function<void(const std::string& export_name, const std::string& line)> report_disk = {};
     /// As in `WriteCache::Settings`.

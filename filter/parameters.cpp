@@ -1,6 +1,7 @@
 #include "parameters.hpp"
 
 #include "file.hpp"
+#include "statistics.hpp"
 
 #include <algorithm>
 #include <array>
@@ -25,17 +26,7 @@ constexpr std::uint64_t most_cluster_size = std::uint64_t{2} * 1024 * 1024;
 
 /// `key=value: `, on one line whatever the value is.
 std::string beginning_of_line(std::string_view key, std::string_view value) {
-  constexpr std::string_view digits = "0123456789abcdef";
-  std::string line;
-  line.append(key).append("=");
-  for (const char letter : value) {
-    const auto code = static_cast<unsigned char>(letter);
-    if (std::iscntrl(code) != 0)
-      line.append("\\x").append(1, digits[code / 16U]).append(1, digits[code % 16U]);
-    else
-      line.append(1, letter);
-  }
-  return line.append(": ");
+  return std::string(key).append("=").append(printable(value)).append(": ");
 }
 
 [[noreturn]] void refuse(std::string_view key, std::string_view value, std::string_view allowed) {
@@ -255,6 +246,11 @@ void Parameters::check() const {
       .append(std::to_string(*cluster_size_))
       .append(", which must be auto so that the qcow2 header is looked at");
   throw ParameterError(line);
+}
+
+void Parameters::check_stats_file() const {
+  if (!stats_file_.empty())
+    static_cast<void>(replaceable_file("qcowcache-stats", stats_file_));
 }
 
 } // namespace qcowcache

@@ -59,6 +59,9 @@ public:
   [[nodiscard]] const std::string& size_file() const noexcept { return size_file_; }
   /// Absolute path of the file that statistics are reported in, or empty.
   [[nodiscard]] const std::string& stats_file() const noexcept { return stats_file_; }
+  /// Whether that file can be made, once more, for the process may have become another user.
+  /// Throws ParameterError.
+  void check_stats_file() const;
   /// Absolute path of the file that names exports which hold unflushed bytes, or empty.
   [[nodiscard]] const std::string& unclean_file() const noexcept { return unclean_file_; }
   /// How often the report is rewritten while nbdkit serves; nothing: only at the end.

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "answer.hpp"
 #include "file.hpp"
 
 #include <atomic>
@@ -33,8 +34,8 @@ namespace qcowcache {
 class UncleanFile {
 public:
   /// What a request of an export fails with that has lost bytes; the operator has been told. EIO.
-  struct Lost : std::system_error {
-    Lost() : std::system_error(EIO, std::generic_category(), "acknowledged bytes were lost") {}
+  struct Lost : Answer {
+    Lost() : Answer(EIO, std::generic_category(), "acknowledged bytes were lost") {}
   };
 
   /// An editor may take the file away before it brings it back: what an operator has changed counts

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "answer.hpp"
 #include "byte_ranges.hpp"
 #include "counted_memory.hpp"
 #include "decompressor_pool.hpp"
@@ -149,9 +150,9 @@ public:
   enum class Outcome { clean, damaged };
 
   /// A check came to no end because nobody needs it. ESHUTDOWN.
-  class Interrupted : public std::system_error {
+  class Interrupted : public Answer {
   public:
-    Interrupted() : std::system_error(ESHUTDOWN, std::generic_category()) {}
+    Interrupted() : Answer(ESHUTDOWN, std::generic_category()) {}
     [[nodiscard]] const char* what() const noexcept override {
       return "interrupted by the end of the server or of the connection";
     }

@@ -759,22 +759,11 @@ private:
   bool joined_ = false;
 };
 
-Absorbed WriteCache::absorb(const Storage& writer, std::uint64_t offset,
-                            std::span<const std::byte> data, const ByteRange* request,
-                            std::span<std::byte> refreshed) {
-  Lock lock(mutex_);
-  const Taken taken = absorb(lock, line_.behind_all(), writer, offset, data, request, refreshed);
-  wake(taken.to_wake_for);
-  return taken.absorbed;
-}
-
 void WriteCache::wake(std::size_t waiting) const {
   if (waiting > 0 && settings_.wake_writer)
     settings_.wake_writer(waiting);
 }
 
-/// `absorb` for who stands at `place` in the line, but for waking writers. The lock is given up
-/// when the bytes are held, and only then.
 WriteCache::Taken WriteCache::absorb(Lock& lock, WriteLine::Place place, const Storage& writer,
                                      std::uint64_t offset, std::span<const std::byte> data,
                                      const ByteRange* request, std::span<std::byte> refreshed) {
@@ -1062,12 +1051,6 @@ void WriteCache::wait_turn(InLine& place, const ByteRange& range) {
   }
 }
 
-void WriteCache::write_through(Storage& storage, std::uint64_t offset,
-                               std::span<const std::byte> data, bool fua) {
-  InLine place(*this);
-  write_through(place, storage, offset, data, fua);
-}
-
 void WriteCache::write_through(InLine& place, Storage& storage, std::uint64_t offset,
                                std::span<const std::byte> data, bool fua) {
   const Capabilities& capabilities = storage.capabilities();
@@ -1181,10 +1164,13 @@ bool WriteCache::absorb_around(const Storage& writer, const ByteRange& blocks,
     const std::span<std::byte> around = whole.subspan(part.begin - blocks.begin, part.size());
     if (part.empty())
       return true;
-    Absorbed absorbed = absorb(writer, part.begin, around, nullptr, around);
-    while (absorbed == Absorbed::unrecorded && record())
-      absorbed = absorb(writer, part.begin, around, nullptr, around);
-    return absorbed == Absorbed::held;
+    Taken taken;
+    do {
+      Lock lock(mutex_);
+      taken = absorb(lock, line_.behind_all(), writer, part.begin, around, nullptr, around);
+    } while (taken.absorbed == Absorbed::unrecorded && record());
+    wake(taken.to_wake_for);
+    return taken.absorbed == Absorbed::held;
   };
   try {
     return absorbs({blocks.begin, range.begin}) && absorbs({range.end, blocks.end});
@@ -1589,12 +1575,6 @@ void WriteCache::look_at_disk(Storage& storage) {
   } catch (const std::system_error&) {
     // Without it what is left counts as that of a disk that is gone.
   }
-}
-
-void WriteCache::set_cluster_end(std::uint64_t offset) {
-  const Lock lock(mutex_);
-  for_each_unit(lock, {offset, offset + 1},
-                [&](Unit& unit) { enqueue(lock, unit, Unit::Reason::cluster_end); });
 }
 
 } // namespace qcowcache

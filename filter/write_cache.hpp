@@ -37,31 +37,6 @@
 
 namespace qcowcache {
 
-/// What became of a write that `WriteCache::absorb` was given. Only `held` has changed anything.
-enum class Absorbed {
-  /// Every byte is in memory and will be returned by reads: the write may be acknowledged.
-  held,
-  /// This cache takes nothing (no qcow2 header, caching switched off, drained and stopped): the
-  /// write has to go through.
-  off,
-  /// The budget has no room for another unit: make room, or let the write go through.
-  no_memory,
-  /// A unit in the range has to be written before it can take more, and it is waiting for that or
-  /// being written now (see `Unit::pinned` and `Unit::fragments`): wait, then try again.
-  unit_busy,
-  /// Somebody who came before has to be answered first: wait, then try again.
-  behind_others,
-  /// There would be memory, but storage has enough to do, and lately it was not spared any request
-  /// by what was held: let the write go through.
-  no_gain,
-  /// Storage has refused something that was held: nothing more is taken on trust until it has that.
-  no_trust,
-  /// Nobody has written down yet that something is held here: that first.
-  unrecorded,
-  /// Nobody knows yet whether storage has room for it: reserve some first.
-  unreserved,
-};
-
 /// Bytes that are acknowledged to clients and that storage does not have.
 struct Unsaved {
   std::uint64_t bytes = 0;
@@ -215,22 +190,6 @@ public:
 
   // ---- The pieces that these are made of.
 
-  /// Copies a write into its units, all of it or nothing. Once storage has refused a unit nothing
-  /// is taken any more until it has all that it refused. Never calls storage, never waits. A unit
-  /// that becomes full is queued. `writer` is remembered as the one who wrote to the units.
-  /// `request`, if any, is a client's write that begins with this one: it is counted.
-  /// `refreshed`, if not empty, is the buffer of `data`: bytes that are in memory are copied there
-  /// first, so that only the others change.
-  [[nodiscard]] Absorbed absorb(const Storage& writer, std::uint64_t offset,
-                                std::span<const std::byte> data, const ByteRange* request = nullptr,
-                                std::span<std::byte> refreshed = {});
-  /// Writes to storage now, and returns its answer. Waits for those who asked for some of these
-  /// bytes before. Owns the range meanwhile; blocks that the write
-  /// covers only in part are filled up. Cached bytes in the range are replaced once storage has
-  /// them.
-  void write_through(Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
-                     bool fua);
-
   /// Writes the unit that has waited longest, together with full ones beside it that wait too: to
   /// `storage`, or to whom `Settings::lend` names. Returns whether there was one that could be
   /// written. A unit that storage refuses stays, dirty and readable.
@@ -270,9 +229,6 @@ public:
   /// What is in memory only, now.
   [[nodiscard]] Unsaved unsaved() const;
 
-  /// The writer of the image is done with the unit that `offset` lies in, full or not: it is
-  /// queued.
-  void set_cluster_end(std::uint64_t offset);
   /// Drops cached bytes in `range` without writing them. REQUIRES: the caller owns the range.
   void discard(const ByteRange& range);
   /// Another cache changed `range` on storage: drops what is known of it, keeps what is dirty.
@@ -392,11 +348,41 @@ private:
 
   void take(InLine& place, Storage& storage, std::uint64_t offset, std::span<const std::byte> data,
             bool fua, const ByteRange* request);
+  /// What became of a write that `absorb` was given. Only `held` has changed anything.
+  enum class Absorbed {
+    /// Every byte is in memory and will be returned by reads: the write may be acknowledged.
+    held,
+    /// This cache takes nothing (no qcow2 header, caching switched off): it has to go through.
+    off,
+    /// The budget has no room for another unit: make room, or let the write go through.
+    no_memory,
+    /// A unit in the range has to be written before it can take more, and it is waiting for that or
+    /// being written now (see `Unit::pinned` and `Unit::fragments`): wait, then try again.
+    unit_busy,
+    /// Somebody who came before has to be answered first: wait, then try again.
+    behind_others,
+    /// There would be memory, but storage has enough to do, and lately what was held spared it no
+    /// request: let the write go through.
+    no_gain,
+    /// Storage has refused something that was held: nothing is taken on trust until it has that.
+    no_trust,
+    /// Nobody has written down yet that something is held here: that first.
+    unrecorded,
+    /// Nobody knows yet whether storage has room for it: reserve some first.
+    unreserved,
+  };
   struct Taken {
     Absorbed absorbed = Absorbed::off;
     /// How many units wait to be written, where one was completed; or else 0.
     std::size_t to_wake_for = 0;
   };
+  /// Copies a write into its units, all of it or nothing. Once storage has refused a unit nothing
+  /// is taken any more until it has all that it refused. Never calls storage, never waits. A unit
+  /// that becomes full is queued. `writer`, who stands at `place` in the line, is remembered as the
+  /// one who wrote to the units. The lock is given up when the bytes are held, and only then;
+  /// writers are not called. `request`, if any, is a client's write that begins with this one: it
+  /// is counted. `refreshed`, if not empty, is the buffer of `data`: bytes that are in memory are
+  /// copied there first, so that only the others change.
   Taken absorb(Lock& lock, WriteLine::Place place, const Storage& writer, std::uint64_t offset,
                std::span<const std::byte> data, const ByteRange* request,
                std::span<std::byte> refreshed);
@@ -421,6 +407,9 @@ private:
   [[nodiscard]] bool reserve_ahead() noexcept;
   void lose_room(const Lock& lock, const ByteRange& range) noexcept;
   [[nodiscard]] bool passes_as_it_came(const Storage& storage, const ByteRange& range) const;
+  /// Writes to storage now, and returns its answer. Waits for those who asked for some of these
+  /// bytes before. Owns the range meanwhile; blocks that the write covers only in part are filled
+  /// up. Cached bytes in the range are replaced once storage has them.
   void write_through(InLine& place, Storage& storage, std::uint64_t offset,
                      std::span<const std::byte> data, bool fua);
   void wait_turn(InLine& place, const ByteRange& range);

@@ -26,7 +26,6 @@ public:
 
   /// Whether storage was asked about every byte of `range` already.
   [[nodiscard]] bool asked(const ByteRange& range) const noexcept { return asked_.contains(range); }
-  [[nodiscard]] bool zeros(const ByteRange& range) const noexcept { return zeros_.contains(range); }
   /// The parts of `range` that are known to be zeros.
   [[nodiscard]] ByteRanges zeros_in(const ByteRange& range) const { return zeros_.inside(range); }
 

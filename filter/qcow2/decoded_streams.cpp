@@ -72,11 +72,4 @@ std::uint32_t DecodedStreams::size_at(std::uint64_t offset) const noexcept {
   return stream != region.end() && stream->begin == offset % region_size ? stream->size : 0;
 }
 
-std::size_t DecodedStreams::count() const noexcept {
-  std::size_t total = 0;
-  for (const auto& [number, region] : regions_)
-    total += region.size();
-  return total;
-}
-
 } // namespace qcowcache::qcow2

@@ -29,7 +29,6 @@ public:
 
   /// The size of the stream that begins at `offset`; 0 when none is known there.
   [[nodiscard]] std::uint32_t size_at(std::uint64_t offset) const noexcept;
-  [[nodiscard]] std::size_t count() const noexcept;
 
 private:
   /// In bytes, from the begin of its region on.

@@ -157,10 +157,6 @@ Decoding Decompressor::decode(Compression compression, std::span<const std::byte
   return inflate_->decode(bytes, output);
 }
 
-std::span<const std::byte> Decompressor::cluster() const noexcept {
-  return {output_.get(), output_size_};
-}
-
 bool Decompressor::may_begin(Compression compression, std::span<const std::byte> bytes) noexcept {
   if (bytes.empty())
     return false;

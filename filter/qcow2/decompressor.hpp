@@ -53,9 +53,6 @@ public:
   [[nodiscard]] Decoding decode(Compression compression, std::span<const std::byte> bytes,
                                 std::uint32_t cluster_size);
 
-  /// What `decode` got last: a whole cluster when it said so, otherwise anything.
-  [[nodiscard]] std::span<const std::byte> cluster() const noexcept;
-
   /// Whether a stream can begin like this; tells most of what is none apart, at no cost.
   [[nodiscard]] static bool may_begin(Compression compression,
                                       std::span<const std::byte> bytes) noexcept;

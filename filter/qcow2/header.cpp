@@ -22,7 +22,6 @@ constexpr std::uint32_t least_extended_l2_cluster_bits = 14;
 constexpr std::uint32_t most_refcount_order = 6;
 /// QEMU refuses to open images with more.
 constexpr std::uint32_t most_l1_entries = 32U * 1024 * 1024 / l1_entry_size;
-constexpr std::uint32_t most_snapshots = 65536;
 /// Offsets in the file are 56 bits wide in all tables.
 constexpr std::uint64_t offset_limit = std::uint64_t{1} << 56U;
 
@@ -32,17 +31,13 @@ bool may_begin_at(std::uint64_t offset, const Header& header) noexcept {
          (offset & (header.cluster_size() - 1)) == 0;
 }
 
-/// The fields whose values may not make sense yet in a fresh image.
-void read_tables(std::span<const std::byte> bytes, Header& header) noexcept {
-  header.disk_size = big_endian<std::uint64_t>(bytes, 24);
-  const auto l1_entries = big_endian<std::uint32_t>(bytes, 36);
-  const auto l1_offset = big_endian<std::uint64_t>(bytes, 40);
-  if (l1_entries > 0 && l1_entries <= most_l1_entries && may_begin_at(l1_offset, header))
-    header.l1 = {l1_offset, l1_entries};
-  const auto snapshots = big_endian<std::uint32_t>(bytes, 60);
-  const auto snapshots_offset = big_endian<std::uint64_t>(bytes, 64);
-  if (snapshots > 0 && snapshots <= most_snapshots && may_begin_at(snapshots_offset, header))
-    header.snapshots = {snapshots_offset, snapshots};
+/// Nothing in a fresh image, whose fields may not make sense yet.
+TablePlace l1_table(std::span<const std::byte> bytes, const Header& header) noexcept {
+  const auto entries = big_endian<std::uint32_t>(bytes, 36);
+  const auto offset = big_endian<std::uint64_t>(bytes, 40);
+  if (entries == 0 || entries > most_l1_entries || !may_begin_at(offset, header))
+    return {};
+  return {offset, entries};
 }
 
 /// The field is there when the header is longer.
@@ -86,7 +81,7 @@ std::optional<Header> parse_header(std::span<const std::byte> bytes) noexcept {
       header.cluster_bits > most_cluster_bits || big_endian<std::uint32_t>(bytes, 32) >= luks)
     return std::nullopt;
   header.length = version_2_length;
-  read_tables(bytes, header);
+  header.l1 = l1_table(bytes, header);
   if (header.version == 2)
     return header;
 
@@ -100,8 +95,6 @@ std::optional<Header> parse_header(std::span<const std::byte> bytes) noexcept {
     return std::nullopt;
 
   header.length = header_length;
-  header.dirty = (features & dirty) != 0;
-  header.corrupt = (features & corrupt) != 0;
   header.unknown_features = (features & ~known_features) != 0;
   header.extended_l2 = (features & extended_l2) != 0;
   if (header.extended_l2 && header.cluster_bits < least_extended_l2_cluster_bits)

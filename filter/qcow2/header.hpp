@@ -19,12 +19,12 @@ enum class Compression : std::uint8_t { deflate = 0, zstd = 1 };
 /// The size of an entry of an L1 table, in bytes.
 inline constexpr std::uint32_t l1_entry_size = 8;
 
-/// Where a table begins in the file, in bytes, and how many entries it has.
+/// Where a table begins in the file, in bytes, and how many entries it has: none when there is no
+/// table.
 struct TablePlace {
   std::uint64_t offset = 0;
   std::uint32_t entries = 0;
 
-  [[nodiscard]] bool exists() const noexcept { return entries > 0; }
   friend bool operator==(const TablePlace&, const TablePlace&) noexcept = default;
 };
 
@@ -36,21 +36,15 @@ struct Header {
   std::uint32_t cluster_bits = 0;
   Compression compression = Compression::deflate;
   bool extended_l2 = false;
-  /// The refcounts may be wrong; nobody but a repair may write to the image.
-  bool dirty = false;
-  bool corrupt = false;
   /// The image has features that this filter does not know and without which nobody may open it:
   /// what its tables mean is unknown. QEMU refuses it.
   bool unknown_features = false;
   /// Of the header itself, without extensions, in bytes.
   std::uint32_t length = 0;
-  /// Of the guest's disk, in bytes. Any value.
-  std::uint64_t disk_size = 0;
-  /// The active L1 table, and the list of snapshots. They do not exist in a fresh image, and count
-  /// as absent where a field is out of range: not cluster aligned, no offset that a file can have,
-  /// more entries than QEMU takes. They may lie past the end of the file.
+  /// The active L1 table. It does not exist in a fresh image, and counts as absent where a field is
+  /// out of range: not cluster aligned, no offset that a file can have, more entries than QEMU
+  /// takes. It may lie past the end of the file.
   TablePlace l1;
-  TablePlace snapshots;
 
   [[nodiscard]] std::uint32_t cluster_size() const noexcept { return 1U << cluster_bits; }
   /// The size of an entry of an L2 table, in bytes, and how many entries one has. An L2 table is

@@ -31,34 +31,3 @@ for i in 0 1 2; do
     image_holds "$work/exports/${names[i]}" "$work/source$i"
 done
 [ "$(count_log "$work/below.log" odd)" -eq 0 ] || fail "storage received odd writes"
-
-# One client holds all memory with bytes that complete nothing, and idles: the
-# other one's writes are served all the same, and nothing of either is lost.
-rm -f "$work/exports/"*
-for name in idle busy; do
-    fresh_file "$work/exports/$name" 16M
-done
-start_nbdkit server --filter="$FILTER" file dir="$work/exports" \
-    qcowcache-cluster-size=64K qcowcache-size=512K
-timeout 120 "$PYTHON" - "$work/server.sock" <<'END' || fail "one export starves another one"
-import sys
-from nbd_clients import connect
-
-idle = connect(sys.argv[1], "idle")
-busy = connect(sys.argv[1], "busy")
-for i in range(100):
-    idle.pwrite(b"idle", i * 65536 + 11)
-for i in range(1000):
-    busy.pwrite(bytes([i % 250 + 1]) * 9001, i * 9001)
-for i in range(100):
-    assert idle.pread(4, i * 65536 + 11) == b"idle"
-for i in range(1000):
-    assert busy.pread(9001, i * 9001) == bytes([i % 250 + 1]) * 9001
-END
-stop_nbdkit server
-python "$work/exports/idle" "$work/exports/busy" <<'END'
-import sys
-idle, busy = (open(name, "rb").read() for name in sys.argv[1:])
-assert all(idle[i * 65536 + 11:i * 65536 + 15] == b"idle" for i in range(100))
-assert all(busy[i * 9001:(i + 1) * 9001] == bytes([i % 250 + 1]) * 9001 for i in range(1000))
-END

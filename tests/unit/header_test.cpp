@@ -50,9 +50,6 @@ public:
   HeaderBytes& l1(std::uint64_t offset, std::uint32_t entries) {
     return put(40, offset, 8).put(36, entries, 4);
   }
-  HeaderBytes& snapshots(std::uint64_t offset, std::uint32_t count) {
-    return put(64, offset, 8).put(60, count, 4);
-  }
   HeaderBytes& features(std::uint64_t value) { return put(72, value, 8); }
   HeaderBytes& refcount_order(std::uint32_t value) { return put(96, value, 4); }
   HeaderBytes& header_length(std::uint32_t value) { return put(100, value, 4); }
@@ -83,7 +80,7 @@ HeaderBytes version_3() {
 TEST_CASE("a header of version 2 means deflate", "[header]") {
   const std::optional<Header> header = version_2().parse();
   REQUIRE(header);
-  CHECK(header->version == 2);
+  CHECK(header->length == 72);
   CHECK(header->cluster_bits == 16);
   CHECK(header->cluster_size() == 65536);
   CHECK(header->compression == Compression::deflate);
@@ -93,7 +90,7 @@ TEST_CASE("a header of version 2 means deflate", "[header]") {
 TEST_CASE("a header of version 3 without features means deflate", "[header]") {
   const std::optional<Header> header = version_3().parse();
   REQUIRE(header);
-  CHECK(header->version == 3);
+  CHECK(header->length == 112);
   CHECK(header->cluster_bits == 16);
   CHECK(header->compression == Compression::deflate);
   CHECK_FALSE(header->extended_l2);
@@ -131,32 +128,26 @@ TEST_CASE("an image whose tables are not there yet has a header", "[header]") {
 
 TEST_CASE("the header says where the tables are", "[header]") {
   for (const HeaderBytes& valid : {version_2(), version_3()}) {
-    const std::optional<Header> header = HeaderBytes(valid).snapshots(7U << 16U, 3).parse();
+    const std::optional<Header> header = valid.parse();
     REQUIRE(header);
-    CHECK(header->disk_size == std::uint64_t{8} << 30U);
     CHECK(header->l1 == TablePlace{3U << 16U, 16});
-    CHECK(header->snapshots == TablePlace{7U << 16U, 3});
-    CHECK(header->length == (header->version == 2 ? 72 : 112));
-    CHECK_FALSE(HeaderBytes(valid).parse()->snapshots.exists());
   }
 }
 
 TEST_CASE("a table that no image can have is none", "[header]") {
   const auto l1 = [](std::uint64_t offset, std::uint32_t entries) {
-    return version_3().l1(offset, entries).parse().value().l1;
+    return version_3().l1(offset, entries).parse().value().l1.entries;
   };
-  CHECK(l1(3U << 16U, 4U << 20U).entries == 4U << 20U);
-  CHECK_FALSE(l1(3U << 16U, (4U << 20U) + 1).exists());
-  CHECK_FALSE(l1(3U << 16U, UINT32_MAX).exists());
-  CHECK_FALSE(l1(3U << 16U, 0).exists());
-  CHECK_FALSE(l1(0, 16).exists());
-  CHECK_FALSE(l1(65535, 16).exists());
-  CHECK_FALSE(l1(65536 + 512, 16).exists());
-  CHECK(l1((std::uint64_t{1} << 56U) - 65536, 16).exists());
-  CHECK_FALSE(l1(std::uint64_t{1} << 56U, 16).exists());
-  CHECK_FALSE(l1(UINT64_MAX - 65535, 16).exists());
-  CHECK_FALSE(version_3().snapshots(65536, 65537).parse()->snapshots.exists());
-  CHECK_FALSE(version_3().snapshots(65537, 1).parse()->snapshots.exists());
+  CHECK(l1(3U << 16U, 4U << 20U) == 4U << 20U);
+  CHECK(l1(3U << 16U, (4U << 20U) + 1) == 0);
+  CHECK(l1(3U << 16U, UINT32_MAX) == 0);
+  CHECK(l1(3U << 16U, 0) == 0);
+  CHECK(l1(0, 16) == 0);
+  CHECK(l1(65535, 16) == 0);
+  CHECK(l1(65536 + 512, 16) == 0);
+  CHECK(l1((std::uint64_t{1} << 56U) - 65536, 16) == 16);
+  CHECK(l1(std::uint64_t{1} << 56U, 16) == 0);
+  CHECK(l1(UINT64_MAX - 65535, 16) == 0);
 }
 
 TEST_CASE("every byte of the magic number counts", "[header]") {
@@ -205,9 +196,6 @@ TEST_CASE("an image with an external data file has no compressed clusters", "[he
 
 TEST_CASE("a dirty or corrupt image is still an image", "[header]") {
   CHECK(version_3().features(dirty).parse());
-  CHECK(version_3().features(dirty).parse()->dirty);
-  CHECK(version_3().features(corrupt).parse()->corrupt);
-  CHECK_FALSE(version_3().features(dirty).parse()->corrupt);
   CHECK(version_3().features(corrupt).parse());
 }
 

@@ -221,7 +221,7 @@ private:
         Weight{StepKind::extents, 4},
         Weight{StepKind::cache, 1},
         Weight{StepKind::tick, 3},
-        Weight{StepKind::cluster_end, 3},
+        Weight{StepKind::queue, 3},
         Weight{StepKind::turn, background ? 12U : 0U},
         Weight{StepKind::budget, 3},
         Weight{StepKind::header, 4},
@@ -276,9 +276,6 @@ private:
       return with_fault(step);
     case StepKind::exchange:
       step.value = below(3);
-      return step;
-    case StepKind::cluster_end:
-      step.offset = below(std::max<std::uint64_t>(1, size_));
       return step;
     case StepKind::turn:
       step.length = chance(30) ? 100 : 1;

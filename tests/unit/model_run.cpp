@@ -477,8 +477,8 @@ private:
     case StepKind::tick:
       request([](WriteCache& cache) { cache.tick(); });
       return;
-    case StepKind::cluster_end:
-      request([&](WriteCache& cache) { cache.set_cluster_end(step.offset); });
+    case StepKind::queue:
+      request([](WriteCache& cache) { cache.queue_oldest(); });
       return;
     case StepKind::turn: // what a background writer does when it finds that a unit waits
       for (std::uint64_t i = 0; i < step.length && setup_.background; ++i)

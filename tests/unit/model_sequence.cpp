@@ -16,10 +16,10 @@ using std::string_view_literals::operator""sv;
 constexpr std::array sharing_names{"cache"sv, "disk"sv, "nothing"sv};
 constexpr std::array fua_names{"none"sv, "emulate"sv, "native"sv};
 constexpr std::array trims_names{"zeros"sv, "keeps"sv, "garbage"sv};
-constexpr std::array kind_names{
-    "connect"sv, "disconnect"sv, "vanish"sv, "write"sv, "header"sv, "read"sv,        "zero"sv,
-    "trim"sv,    "extents"sv,    "cache"sv,  "flush"sv, "tick"sv,   "cluster_end"sv, "turn"sv,
-    "budget"sv,  "size"sv,       "breaks"sv, "heals"sv, "look"sv,   "exchange"sv};
+constexpr std::array kind_names{"connect"sv, "disconnect"sv, "vanish"sv, "write"sv,   "header"sv,
+                                "read"sv,    "zero"sv,       "trim"sv,   "extents"sv, "cache"sv,
+                                "flush"sv,   "tick"sv,       "queue"sv,  "turn"sv,    "budget"sv,
+                                "size"sv,    "breaks"sv,     "heals"sv,  "look"sv,    "exchange"sv};
 constexpr std::array done_names{"none"sv, "half"sv, "all"sv};
 constexpr std::array fails_names{"nothing"sv, "any"sv,  "read"sv,    "write"sv, "flush"sv,
                                  "zero"sv,    "trim"sv, "extents"sv, "cache"sv};

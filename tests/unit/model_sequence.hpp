@@ -76,14 +76,14 @@ enum class StepKind {
   cache,
   flush,
   tick,
-  cluster_end, ///< of the unit that `offset` lies in
-  turn,        ///< a background writer gets its turn
-  budget,      ///< `length` bytes of memory from now on
-  size,        ///< the disk is `length` bytes long as soon as nobody is connected, or it grows
-  breaks,      ///< calls of kind `fails` fail from now on, from the `nth` or, if `once`, just that
-  heals,       ///< nothing does any more
-  look,        ///< somebody connects, asks for no data, and leaves
-  exchange,    ///< who connects from now on sees another disk; where `value`, a disk with content
+  queue,    ///< memory is scarce: the unit that nobody has used for longest is to be written
+  turn,     ///< a background writer gets its turn
+  budget,   ///< `length` bytes of memory from now on
+  size,     ///< the disk is `length` bytes long as soon as nobody is connected, or it grows
+  breaks,   ///< calls of kind `fails` fail from now on, from the `nth` or, if `once`, just that
+  heals,    ///< nothing does any more
+  look,     ///< somebody connects, asks for no data, and leaves
+  exchange, ///< who connects from now on sees another disk; where `value`, a disk with content
 };
 
 /// How much of a call is carried out. As `MemoryStorage::Verdict::Part`.

@@ -87,38 +87,23 @@ public:
   ~Client() { leave(); }
 
   void write(std::uint64_t offset, std::span<const std::byte> data, bool fua = false) {
-    const qcowcache::Connection::InUse in_use =
-        connection_.in_use({true, {offset, offset + data.size()}});
-    in_use.cache.write(in_use.use.storage(), offset, data, fua);
+    connection_.write(offset, data, fua);
   }
   std::vector<std::byte> read(std::uint64_t offset, std::size_t size) {
     std::vector<std::byte> data(size);
-    const qcowcache::Connection::InUse in_use =
-        connection_.in_use({false, {offset, offset + size}});
-    in_use.cache.read(in_use.use.storage(), offset, data);
+    connection_.read(offset, data);
     return data;
   }
-  void flush() {
-    const qcowcache::Connection::InUse in_use = connection_.in_use({});
-    in_use.cache.flush(in_use.use.storage());
-  }
+  void flush() { connection_.flush(); }
   void zero(const qcowcache::ByteRange& range,
             const qcowcache::Storage::ZeroOptions& options = {}) {
-    const qcowcache::Connection::InUse in_use = connection_.in_use({true, range});
-    in_use.cache.zero(in_use.use.storage(), range, options);
+    connection_.zero(range, options);
   }
-  void trim(const qcowcache::ByteRange& range, bool fua = false) {
-    const qcowcache::Connection::InUse in_use = connection_.in_use({true, range});
-    in_use.cache.trim(in_use.use.storage(), range, fua);
-  }
+  void trim(const qcowcache::ByteRange& range, bool fua = false) { connection_.trim(range, fua); }
   qcowcache::Storage::Extents extents(const qcowcache::ByteRange& range) {
-    const qcowcache::Connection::InUse in_use = connection_.in_use({false, range});
-    return in_use.cache.extents(in_use.use.storage(), range, false);
+    return connection_.extents(range, false);
   }
-  void prefetch(const qcowcache::ByteRange& range) {
-    const auto use = connection_.storage_if_any();
-    use->storage().cache(range);
-  }
+  void prefetch(const qcowcache::ByteRange& range) { connection_.cache(range); }
   void leave() {
     connection_.drain();
     connection_.end();

@@ -149,7 +149,8 @@ TEST_CASE("without a qcow2 header every write reaches storage unchanged", "[writ
   REQUIRE(calls.size() == 1);
   CHECK(calls[0].kind == Kind::write);
   CHECK(calls[0].range == ByteRange{4099, 4876});
-  CHECK(bench.cache->absorb(bench.storage, 4099, data) == Absorbed::off);
+  bench.write(4099, data);
+  CHECK(bench.storage.calls(Kind::write).size() == 2);
 }
 
 TEST_CASE("small writes are held, a full unit is written once and whole", "[write_cache]") {
@@ -175,7 +176,8 @@ TEST_CASE("a compressed cluster that crosses host clusters goes into both", "[wr
   Bench bench;
   bench.with_header();
   const auto data = pattern(5000, 3);
-  CHECK(bench.cache->absorb(bench.storage, 2 * unit - 1234, data) == Absorbed::held);
+  bench.write(2 * unit - 1234, data);
+  CHECK(bench.storage.calls(Kind::write).empty());
   CHECK(bench.read(2 * unit - 1234, data.size()) == data);
   bench.cache->flush(bench.storage);
   CHECK(bench.on_disk(2 * unit - 1234, data.size()) == data);
@@ -267,7 +269,7 @@ TEST_CASE("a client that writes to a unit that is being written does not wait", 
   Gate gate(bench.storage);
   auto flush = std::async(std::launch::async, [&] { bench.cache->flush(bench.storage); });
   gate.wait_until_reached();
-  CHECK(bench.cache->absorb(bench.storage, unit + 1000, second) == Absorbed::held);
+  bench.write(unit + 1000, second); // held: storage takes nothing now
   CHECK(bench.read(unit, 6000) == expected);
   gate.let_go();
   flush.get();
@@ -532,7 +534,7 @@ TEST_CASE("a unit that is refused while it is written to anew keeps both", "[wri
                           [&] { return error_of([&] { bench.cache->flush(bench.storage); }); });
   reached.wait();
   bench.storage.before = nullptr;
-  CHECK(bench.cache->absorb(bench.storage, unit + 1000, second) == Absorbed::held);
+  bench.write(unit + 1000, second); // held: storage takes nothing now
   open.count_down();
   CHECK(flush.get() == ENOSPC);
   CHECK(bench.read(unit, 6000) == expected);
@@ -555,12 +557,11 @@ TEST_CASE("when there is no memory for a second buffer the unit is busy", "[writ
   auto flush = std::async(std::launch::async, [&] { bench.cache->flush(bench.storage); });
   gate.wait_until_reached();
   const auto data = pattern(100, 2);
-  CHECK(bench.cache->absorb(bench.storage, unit, data) == Absorbed::unit_busy);
-  CHECK(bench.cache->absorb(bench.storage, 2 * unit, data) == Absorbed::no_memory);
-  auto write = std::async(std::launch::async, [&] { bench.write(unit, data); });
+  WatchedThread write([&] { bench.write(unit, data); });
+  CHECK(write.waits());
   gate.let_go();
   flush.get();
-  write.get();
+  REQUIRE(write.ends());
   CHECK(bench.read(unit, 100) == data);
 }
 
@@ -638,8 +639,8 @@ TEST_CASE("that something is held is written down first, and crossed out when no
     CHECK(noted() == "hold ");
   }
   SECTION("the flush of a guest, whose disk may be another") {
-    bench.cache->set_cluster_end(2 * unit);
-    bench.cache->set_cluster_end(3 * unit);
+    bench.cache->queue_oldest();
+    bench.cache->queue_oldest();
     while (bench.cache->write_next(bench.storage)) {
     }
     REQUIRE(bench.cache->clean());
@@ -1169,15 +1170,9 @@ TEST_CASE("what was learned goes when the last connection ends", "[write_cache]"
   CHECK(bench.cache->unsaved().bytes == 100);
 }
 
-TEST_CASE("the end of a cluster queues its unit, and units left behind follow", "[write_cache]") {
+TEST_CASE("units that are left behind follow those that are completed", "[write_cache]") {
   Bench bench;
   bench.with_header();
-  bench.write(unit, pattern(100, 1));
-  bench.cache->set_cluster_end(unit + 50);
-  CHECK(bench.cache->write_next(bench.storage));
-  CHECK(bench.on_disk(unit, 100) == pattern(100, 1));
-  CHECK_FALSE(bench.cache->write_next(bench.storage));
-
   bench.write(2 * unit, pattern(100, 2));
   for (std::uint64_t i = 3; i < 3 + WriteCache::left_behind_after - 1; ++i)
     bench.write(i * unit, pattern(unit, 3));
@@ -1337,17 +1332,15 @@ TEST_CASE("no more is held than storage writes in the time that a flush may take
   bench.write(unit, pattern(unit, 1));
   bench.cache->flush(bench.storage);
   bench.storage.before = nullptr;
-  std::uint64_t held = 0;
-  const auto absorb = [&] {
-    return bench.cache->absorb(bench.storage, (4 + held) * unit, pattern(100, 1));
-  };
-  Absorbed last = absorb();
-  for (; last == Absorbed::held && held < 60; last = absorb())
-    ++held;
-  CHECK(last == Absorbed::no_memory);
-  CHECK(held == 4);
+  bench.storage.forget_calls();
+  std::uint64_t written = 0;
+  while (bench.storage.calls(Kind::write).empty() && written < 60)
+    bench.write((4 + written++) * unit, pattern(100, 1));
+  CHECK(written == 5); // four are held, and one of them had to go
   bench.cache->flush(bench.storage);
-  CHECK(absorb() == Absorbed::held);
+  bench.storage.forget_calls();
+  bench.write(4 * unit, pattern(100, 1));
+  CHECK(bench.storage.calls(Kind::write).empty());
 }
 
 TEST_CASE("who came first is answered first, where they ask for the same bytes", "[write_cache]") {
@@ -1374,7 +1367,6 @@ TEST_CASE("who came first is answered first, where they ask for the same bytes",
   bench.cache->forget_all();
   bench.cache->learn_layout(bench.storage);
   bench.write(unit, pattern(100, 1));
-  REQUIRE(bench.cache->absorb(bench.storage, 9 * unit, pattern(100, 1)) == Absorbed::no_memory);
 
   const auto older = pattern(5000, 2);
   const auto newer = pattern(5000, 3);
@@ -1421,7 +1413,7 @@ TEST_CASE("without background writers full units wait for a large write", "[writ
   }
   SECTION("nor does what is left behind") {
     bench.write(5 * unit, std::span(data).subspan(4 * unit, unit + 1));
-    bench.cache->set_cluster_end(6 * unit);
+    bench.cache->queue_oldest();
     bench.write(20 * unit, std::span(data).first(1));
     CHECK(bench.on_disk(5 * unit, unit + 1) ==
           std::vector(data.begin() + 4 * unit, data.begin() + 5 * unit + 1));
@@ -1662,7 +1654,7 @@ TEST_CASE("what others wrote does not go through a guest's storage", "[write_cac
   }
   SECTION("with its write") {
     bench.cache->tick();
-    bench.cache->set_cluster_end(unit);
+    bench.cache->queue_oldest();
     bench.cache->write(guest, 9 * unit, pattern(512, 2), false);
     CHECK(guest.calls(Kind::write).size() == 1);
     guest.forget_calls();
@@ -1734,8 +1726,8 @@ TEST_CASE("a unit that is dropped and begun anew while a connection is looked fo
   settings.lend = [&](const WriteCache::Next&) -> std::optional<Handle::Use> {
     if (!std::exchange(looked_for, true)) {
       cache->discard({unit, 2 * unit});
-      CHECK(cache->absorb(*another, unit, pattern(100, 2)) == Absorbed::held);
-      cache->set_cluster_end(unit);
+      cache->write(*another, unit, pattern(100, 2), false);
+      cache->queue_oldest();
     }
     return std::nullopt;
   };
@@ -1744,8 +1736,8 @@ TEST_CASE("a unit that is dropped and begun anew while a connection is looked fo
   cache = bench.cache.get();
   another = &other;
   bench.with_header();
-  CHECK(cache->absorb(other, unit, pattern(100, 1)) == Absorbed::held);
-  cache->set_cluster_end(unit);
+  cache->write(other, unit, pattern(100, 1), false);
+  cache->queue_oldest();
   CHECK_FALSE(cache->write_next(bench.storage));
   CHECK(looked_for);
   CHECK(bench.read(unit, 100) == pattern(100, 2));
@@ -1765,9 +1757,9 @@ TEST_CASE("units that wait because another was refused are tried again, whatever
     const Refusal refusal(bench.storage, Kind::write, ENOSPC);
     bench.cache->write_next(bench.storage);
   }
-  bench.cache->tick();                    // the one that was refused is queued again,
-  bench.cache->tick();                    // and still waits;
-  bench.cache->set_cluster_end(4 * unit); // the other: storage is full, as far as is known
+  bench.cache->tick();         // the one that was refused is queued again,
+  bench.cache->tick();         // and still waits;
+  bench.cache->queue_oldest(); // the other: storage is full, as far as is known
   bench.cache->trim(bench.storage, {2 * unit, 3 * unit}, false); // now nobody wants the first
   bench.cache->tick();
   CHECK(bench.cache->write_next(bench.storage));

@@ -12,6 +12,10 @@ using qcowcache::ZeroMap;
 
 namespace {
 
+bool are_zeros(const ZeroMap& map, const ByteRange& range) {
+  return map.zeros_in(range).contains(range);
+}
+
 constexpr ByteRange everything{0, UINT64_MAX};
 
 void learn_at_once(ZeroMap& map, const ByteRange& answered, const ByteRanges& zeros) {
@@ -27,7 +31,7 @@ std::string zeros_of(const ZeroMap& map) {
 TEST_CASE("a new map knows nothing", "[zero_map]") {
   const ZeroMap map;
   CHECK_FALSE(map.asked({0, 1}));
-  CHECK_FALSE(map.zeros({0, 1}));
+  CHECK_FALSE(are_zeros(map, {0, 1}));
   CHECK(zeros_of(map).empty());
 }
 
@@ -38,9 +42,9 @@ TEST_CASE("what storage answered is remembered, zeros and data apart", "[zero_ma
   learn_at_once(map, {0, 16384}, zeros);
   CHECK(map.asked({0, 16384}));
   CHECK_FALSE(map.asked({0, 16385}));
-  CHECK(map.zeros({0, 4096}));
-  CHECK(map.zeros({9000, 9001}));
-  CHECK_FALSE(map.zeros({0, 8193}));
+  CHECK(are_zeros(map, {0, 4096}));
+  CHECK(are_zeros(map, {9000, 9001}));
+  CHECK_FALSE(are_zeros(map, {0, 8193}));
   CHECK(as_text::ranges(map.zeros_in({4000, 9000})) == "4000-4096 8192-9000");
 }
 
@@ -161,8 +165,8 @@ TEST_CASE("where the map is full, what was zeroed last is known rather than what
   ZeroMap map;
   for (std::uint64_t at = 0; at <= ZeroMap::most_ranges; ++at)
     map.zeroed({at * 10, at * 10 + 5});
-  CHECK(map.zeros({ZeroMap::most_ranges * 10, ZeroMap::most_ranges * 10 + 5}));
-  CHECK_FALSE(map.zeros({0, 5}));
+  CHECK(are_zeros(map, {ZeroMap::most_ranges * 10, ZeroMap::most_ranges * 10 + 5}));
+  CHECK_FALSE(are_zeros(map, {0, 5}));
 }
 
 TEST_CASE("more changes during a question than can be told apart are all left out", "[zero_map]") {
@@ -176,8 +180,8 @@ TEST_CASE("more changes during a question than can be told apart are all left ou
   }
   map.learn(question, {0, 100'000}, ByteRanges(ByteRange{0, 100'000}));
   const ByteRanges known = map.zeros_in(everything);
-  CHECK(map.zeros({0, 1000}));
-  CHECK(map.zeros({1000 + many * 10, 100'000}));
+  CHECK(are_zeros(map, {0, 1000}));
+  CHECK(are_zeros(map, {1000 + many * 10, 100'000}));
   for (const ByteRange& change : changes) {
     INFO("change at " << change.begin);
     REQUIRE_FALSE(known.overlaps(change));
