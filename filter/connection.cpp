@@ -1,11 +1,11 @@
 #include "connection.hpp"
 
-#include "answer.hpp"
-#include "cached_image.hpp"
-#include "qcow2/header.hpp"
-#include "qcow2/new_image.hpp"
-#include "statistics.hpp"
+#include "cache/cached_image.hpp"
+#include "reports/statistics.hpp"
 #include "unclean_file.hpp"
+#include "util/answer.hpp"
+#include "verify/qcow2/header.hpp"
+#include "verify/qcow2/new_image.hpp"
 
 #include <cerrno>
 #include <new>

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "export.hpp"
-#include "handle.hpp"
+#include "storage/handle.hpp"
 
 #include <atomic>
 #include <cstddef>

@@ -1,10 +1,10 @@
 #pragma once
 
-#include "handle.hpp"
+#include "cache/range_lock.hpp"
 #include "image.hpp"
-#include "memory_budget.hpp"
-#include "range_lock.hpp"
-#include "verifier.hpp"
+#include "memory/memory_budget.hpp"
+#include "storage/handle.hpp"
+#include "verify/verifier.hpp"
 
 #include <cstddef>
 #include <cstdint>

@@ -1,14 +1,14 @@
 #pragma once
 
-#include "events.hpp"
-#include "handle.hpp"
-#include "memory_budget.hpp"
-#include "range_lock.hpp"
-#include "statistics.hpp"
+#include "cache/range_lock.hpp"
+#include "cache/write_cache.hpp"
+#include "memory/memory_budget.hpp"
+#include "memory/writeback.hpp"
+#include "reports/statistics.hpp"
+#include "storage/handle.hpp"
 #include "unclean_file.hpp"
-#include "verifier.hpp"
-#include "write_cache.hpp"
-#include "writeback.hpp"
+#include "util/events.hpp"
+#include "verify/verifier.hpp"
 
 #include <atomic>
 #include <chrono>

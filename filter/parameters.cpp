@@ -1,7 +1,7 @@
 #include "parameters.hpp"
 
-#include "file.hpp"
-#include "statistics.hpp"
+#include "reports/statistics.hpp"
+#include "util/file.hpp"
 
 #include <algorithm>
 #include <array>

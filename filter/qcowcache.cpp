@@ -1,11 +1,11 @@
 // The door: nbdkit's callbacks. Each turns C into C++, asks the room that knows, and turns what
 // comes back, an exception included, into C again.
 
-#include "answer.hpp"
 #include "connection.hpp"
-#include "nbdkit_storage.hpp"
 #include "parameters.hpp"
 #include "server.hpp"
+#include "storage/nbdkit_storage.hpp"
+#include "util/answer.hpp"
 
 #include <nbdkit-filter.h>
 

@@ -1,7 +1,7 @@
 #include "server.hpp"
 
-#include "loss_message.hpp"
-#include "readback_storage.hpp"
+#include "reports/loss_message.hpp"
+#include "storage/readback_storage.hpp"
 
 #include <algorithm>
 #include <new>

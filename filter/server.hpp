@@ -1,15 +1,15 @@
 #pragma once
 
 #include "connection.hpp"
-#include "events.hpp"
 #include "export.hpp"
-#include "memory_budget.hpp"
+#include "memory/memory_budget.hpp"
+#include "memory/writeback.hpp"
 #include "parameters.hpp"
+#include "reports/statistics.hpp"
+#include "reports/stats_file.hpp"
 #include "size_file.hpp"
-#include "statistics.hpp"
-#include "stats_file.hpp"
 #include "unclean_file.hpp"
-#include "writeback.hpp"
+#include "util/events.hpp"
 
 #include <chrono>
 #include <functional>

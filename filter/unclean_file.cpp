@@ -1,6 +1,6 @@
 #include "unclean_file.hpp"
 
-#include "statistics.hpp"
+#include "reports/statistics.hpp"
 
 #include <algorithm>
 #include <cstdio>

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "answer.hpp"
-#include "file.hpp"
+#include "util/answer.hpp"
+#include "util/file.hpp"
 
 #include <atomic>
 #include <cerrno>

@@ -1,7 +1,7 @@
 // What the core costs by itself: against storage that takes no time, so that all that is measured
 // is ours. Prints nanoseconds per extent and bytes per second.
 
-#include "write_cache.hpp"
+#include "cache/write_cache.hpp"
 
 // Version 2 of Catch2 compiles benchmarks, and its own code, only where it is told to; version 3
 // does not look.

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "byte_ranges.hpp"
+#include "util/byte_ranges.hpp"
 
 #include <cstddef>
 #include <cstdint>

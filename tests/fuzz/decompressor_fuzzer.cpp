@@ -3,8 +3,8 @@
 #include "targets.hpp"
 
 #include "input.hpp"
-#include "qcow2/decompressor.hpp"
-#include "qcow2/l2_table.hpp"
+#include "verify/qcow2/decompressor.hpp"
+#include "verify/qcow2/l2_table.hpp"
 
 #include <algorithm>
 #include <vector>

@@ -2,9 +2,9 @@
 
 #include "targets.hpp"
 
-#include "header_watch.hpp"
+#include "cache/header_watch.hpp"
 #include "input.hpp"
-#include "qcow2/header.hpp"
+#include "verify/qcow2/header.hpp"
 
 #include <algorithm>
 #include <optional>

@@ -4,14 +4,14 @@
 
 #include "targets.hpp"
 
-#include "byte_ranges.hpp"
 #include "compressed_bytes.hpp"
-#include "copy_bytes.hpp"
 #include "image_bytes.hpp"
 #include "input.hpp"
-#include "qcow2/decompressor.hpp"
-#include "qcow2/l2_table.hpp"
-#include "verifier.hpp"
+#include "util/byte_ranges.hpp"
+#include "util/copy_bytes.hpp"
+#include "verify/qcow2/decompressor.hpp"
+#include "verify/qcow2/l2_table.hpp"
+#include "verify/verifier.hpp"
 
 #include <algorithm>
 #include <array>

@@ -82,7 +82,7 @@ grep -o -h -E '(tests/[a-z]+/)?(test-[a-z0-9-]+\.sh|[a-z0-9_]+_test\.cpp)' "$man
     sed 's|.*/||' | sort -u >"$work/tests-named"
 [ "$(wc -l <"$work/tests-named")" -gt 20 ] || fail "hardly any tests are named"
 while read -r name; do
-    [ -e "$source_dir/tests/integration/$name" ] || [ -e "$source_dir/tests/unit/$name" ] ||
+    [ -n "$(find "$source_dir/tests/integration" "$source_dir/tests/unit" -name "$name")" ] ||
         fail "there is no test $name"
 done <"$work/tests-named"
 

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "qcow2/header.hpp"
+#include "verify/qcow2/header.hpp"
 
 #include <zlib.h>
 #include <zstd.h>

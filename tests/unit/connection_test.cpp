@@ -1,6 +1,6 @@
 #include "connection.hpp"
 
-#include "cached_image.hpp"
+#include "cache/cached_image.hpp"
 #include "catch.hpp"
 #include "compressed_bytes.hpp"
 #include "damaged_image.hpp"

@@ -1,7 +1,7 @@
 #include "memory_storage.hpp"
 
-#include "all_zeros.hpp"
-#include "copy_bytes.hpp"
+#include "util/all_zeros.hpp"
+#include "util/copy_bytes.hpp"
 
 #include <algorithm>
 #include <cerrno>

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "storage.hpp"
+#include "storage/storage.hpp"
 
 #include <atomic>
 #include <cstddef>

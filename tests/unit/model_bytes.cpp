@@ -1,6 +1,6 @@
 #include "model_bytes.hpp"
 
-#include "copy_bytes.hpp"
+#include "util/copy_bytes.hpp"
 
 #include <algorithm>
 #include <cstring>

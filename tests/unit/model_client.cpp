@@ -1,7 +1,7 @@
 #include "model_client.hpp"
 
-#include "copy_bytes.hpp"
 #include "image_bytes.hpp"
+#include "util/copy_bytes.hpp"
 
 #include <algorithm>
 #include <cerrno>

@@ -3,10 +3,10 @@
 #include "connection.hpp"
 #include "export.hpp"
 #include "image_bytes.hpp"
-#include "memory_budget.hpp"
+#include "memory/memory_budget.hpp"
+#include "memory/writeback.hpp"
 #include "memory_storage.hpp"
 #include "model_client.hpp"
-#include "writeback.hpp"
 
 #include <algorithm>
 #include <deque>

@@ -2,9 +2,9 @@
 
 #include "connection.hpp"
 #include "export.hpp"
-#include "memory_budget.hpp"
+#include "memory/memory_budget.hpp"
+#include "memory/writeback.hpp"
 #include "memory_storage.hpp"
-#include "writeback.hpp"
 
 #include <atomic>
 #include <chrono>

@@ -1,11 +1,11 @@
 // The part of WriteCache in write_room.cpp.
 
+#include "cache/write_cache.hpp"
 #include "catch.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
 #include "serving.hpp"
 #include "watched_thread.hpp"
-#include "write_cache.hpp"
 
 #include <algorithm>
 #include <atomic>
