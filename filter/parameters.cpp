@@ -10,6 +10,7 @@
 #include <charconv>
 #include <filesystem>
 #include <system_error>
+#include <vector>
 
 namespace qcowcache {
 
@@ -23,6 +24,9 @@ constexpr std::uint64_t most_writers = 64;
 constexpr std::uint64_t most_seconds = 86400;
 constexpr std::uint64_t least_cluster_size = 512;
 constexpr std::uint64_t most_cluster_size = std::uint64_t{2} * 1024 * 1024;
+
+/// In the order of `Verify`.
+constexpr std::array<std::string_view, 4> verify_names = {"off", "warn", "error", "all"};
 
 /// `key=value: `, on one line whatever the value is.
 std::string beginning_of_line(std::string_view key, std::string_view value) {
@@ -100,135 +104,167 @@ std::optional<bool> parse_bool(std::string_view text) noexcept {
   return std::nullopt;
 }
 
-const char* Parameters::help() noexcept {
-  return "qcowcache-size=<SIZE>          Memory for cached data (default 64M, 0: cache nothing).\n"
-         "qcowcache-cluster-size=<SIZE>  Host cluster size, 512 to 2M (default auto: as the qcow2\n"
-         "                               header says, and without one nothing is cached).\n"
-         "qcowcache-size-file=<FILE>     Follow the size in this file instead.\n"
-         "qcowcache-writers=<N>          Background writers, 0 to 64 (default 4).\n"
-         "qcowcache-max-write=<SIZE>     Largest merged write, 64K to 32M (default 1M).\n"
-         "qcowcache-expire=<SECS>        Write partial units after this idle time, up to 86400\n"
-         "                               (default 5, 0: never by time).\n"
-         "qcowcache-max-delay=<SECS>     Hold no more than storage writes in this time, up to\n"
-         "                               86400 (default 10, 0: no such bound).\n"
-         "qcowcache-reserve=<SIZE>       Reserve room on storage, so much at once, before a write "
-         "is\n"
-         "                               acknowledged, 2M to 1G (default 64M, 0: never).\n"
-         "qcowcache-stats=<FILE>         Report statistics there at the end: *.json, *.prom\n"
-         "                               (Prometheus), otherwise text; an absolute path.\n"
-         "qcowcache-stats-interval=<SECS>\n"
-         "                               Rewrite that report this often while serving, up to "
-         "86400\n"
-         "                               (default 0, only at the end).\n"
-         "qcowcache-unclean=<FILE>       Keep the names of exports with unflushed bytes there, so\n"
-         "                               that their loss is noticed after a crash; an absolute "
-         "path.\n"
-         "qcowcache-verify=off|warn|error|all\n"
-         "                               Check that compressed clusters can be read before a "
-         "flush\n"
-         "                               is acknowledged (default off).\n"
-         "qcowcache-readback=<BOOL>      Read back and compare each write to storage (default\n"
-         "                               false).";
+/// One parameter: all that is said of it, and what it does.
+struct Parameters::Row {
+  std::string_view name;
+  /// As `help` shows what it takes.
+  std::string_view takes;
+  /// In lines.
+  std::string_view help;
+  void (*set)(Parameters& parameters, std::string_view key, std::string_view value);
+};
+
+std::span<const Parameters::Row> Parameters::table() noexcept {
+  static constexpr std::array rows{
+      Row{"size", "<SIZE>", "Memory for cached data (default 64M, 0: cache nothing).",
+          [](Parameters& parameters, std::string_view key, std::string_view value) {
+            const std::optional<std::uint64_t> size = parse_size(value);
+            if (!size)
+              refuse(key, value, "a size such as 64M, or 0 to cache nothing");
+            parameters.size_ = *size;
+          }},
+      Row{"cluster-size", "<SIZE>",
+          "Host cluster size, 512 to 2M (default auto: as the qcow2\n"
+          "header says, and without one nothing is cached).",
+          [](Parameters& parameters, std::string_view key, std::string_view value) {
+            const std::optional<std::uint64_t> size = parse_size(value);
+            if (value != "auto" && (!size || !std::has_single_bit(*size) ||
+                                    *size < least_cluster_size || *size > most_cluster_size))
+              refuse(key, value, "auto or a power of two from 512 to 2M");
+            parameters.cluster_size_ = size;
+          }},
+      Row{"size-file", "<FILE>", "Follow the size in this file instead.",
+          [](Parameters& parameters, std::string_view key, std::string_view value) {
+            // It need not be there yet, nor hold a size: that is looked at while nbdkit serves.
+            std::error_code error;
+            const std::filesystem::path absolute = std::filesystem::absolute(value, error);
+            if (error || std::filesystem::is_directory(absolute, error))
+              refuse(key, value, "the name of a file");
+            parameters.size_file_ = absolute.string(); // nbdkit changes directory later
+          }},
+      Row{"writers", "<N>", "Background writers, 0 to 64 (default 4).",
+          [](Parameters& parameters, std::string_view key, std::string_view value) {
+            const std::optional<std::uint64_t> number = parse_number(value, most_writers);
+            if (!number)
+              refuse(key, value, "a number from 0 to 64");
+            parameters.writers_ = static_cast<unsigned>(*number);
+          }},
+      Row{"max-write", "<SIZE>", "Largest merged write, 64K to 32M (default 1M).",
+          [](Parameters& parameters, std::string_view key, std::string_view value) {
+            const std::optional<std::uint64_t> size = parse_size(value);
+            if (!size || *size < least_max_write || *size > most_max_write)
+              refuse(key, value, "a size from 64K to 32M");
+            parameters.max_write_ = *size;
+          }},
+      Row{"expire", "<SECS>",
+          "Write partial units after this idle time, up to 86400\n"
+          "(default 5, 0: never by time).",
+          [](Parameters& parameters, std::string_view key, std::string_view value) {
+            parameters.expire_ = seconds_or_never(key, value);
+          }},
+      Row{"max-delay", "<SECS>",
+          "Hold no more than storage writes in this time, up to\n"
+          "86400 (default 10, 0: no such bound).",
+          [](Parameters& parameters, std::string_view key, std::string_view value) {
+            parameters.max_delay_ = seconds_or_never(key, value);
+          }},
+      Row{"reserve", "<SIZE>",
+          "Reserve room on storage, so much at once, before a write is\n"
+          "acknowledged, 2M to 1G (default 64M, 0: never).",
+          [](Parameters& parameters, std::string_view key, std::string_view value) {
+            const std::optional<std::uint64_t> size = parse_size(value);
+            if (!size || (*size > 0 && (*size < least_reserve || *size > most_reserve)))
+              refuse(key, value, "a size from 2M to 1G, or 0 to reserve nothing");
+            parameters.reserve_ = *size;
+          }},
+      Row{"stats", "<FILE>",
+          "Report statistics there at the end: *.json, *.prom\n"
+          "(Prometheus), otherwise text; an absolute path.",
+          [](Parameters& parameters, std::string_view key, std::string_view value) {
+            parameters.stats_file_ = replaceable_file(key, value);
+          }},
+      Row{"stats-interval", "<SECS>",
+          "Rewrite that report this often while serving, up to 86400\n"
+          "(default 0, only at the end).",
+          [](Parameters& parameters, std::string_view key, std::string_view value) {
+            parameters.stats_interval_ = seconds_or_never(key, value);
+          }},
+      Row{"unclean", "<FILE>",
+          "Keep the names of exports with unflushed bytes there, so\n"
+          "that their loss is noticed after a crash; an absolute path.",
+          [](Parameters& parameters, std::string_view key, std::string_view value) {
+            parameters.unclean_file_ = replaceable_file(key, value);
+          }},
+      Row{"verify", "off|warn|error|all",
+          "Check that compressed clusters can be read before a flush\n"
+          "is acknowledged (default off).",
+          [](Parameters& parameters, std::string_view key, std::string_view value) {
+            const auto* const found = std::ranges::find(verify_names, value);
+            if (found == verify_names.end())
+              refuse(key, value, "off, warn, error or all");
+            parameters.verify_ = static_cast<Verify>(found - verify_names.begin());
+          }},
+      Row{"readback", "<BOOL>",
+          "Read back and compare each write to storage (default\n"
+          "false).",
+          [](Parameters& parameters, std::string_view key, std::string_view value) {
+            const std::optional<bool> wanted = parse_bool(value);
+            if (!wanted)
+              refuse(key, value, "true or false");
+            parameters.readback_ = *wanted;
+          }},
+  };
+  return rows;
+}
+
+const char* Parameters::help() {
+  constexpr std::size_t column = 31;
+  static const std::string text = [] {
+    std::string all;
+    const auto indent = [&](std::size_t used) {
+      if (used < column)
+        all.append(column - used, ' ');
+      else
+        all.append(1, '\n').append(column, ' ');
+    };
+    for (const Row& row : table()) {
+      all.append(all.empty() ? 0 : 1, '\n');
+      const std::size_t begin = all.size();
+      all.append(prefix).append(row.name).append("=").append(row.takes);
+      indent(all.size() - begin);
+      for (const char letter : row.help) {
+        all.append(1, letter);
+        if (letter == '\n')
+          indent(0);
+      }
+    }
+    return all;
+  }();
+  return text.c_str();
 }
 
 bool Parameters::set(std::string_view key, std::string_view value) {
-  if (key == "qcowcache-size") {
-    const std::optional<std::uint64_t> size = parse_size(value);
-    if (!size)
-      refuse(key, value, "a size such as 64M, or 0 to cache nothing");
-    size_ = *size;
-    return true;
-  }
-  if (key == "qcowcache-cluster-size") {
-    if (value == "auto") {
-      cluster_size_.reset();
-      return true;
-    }
-    const std::optional<std::uint64_t> size = parse_size(value);
-    if (!size || !std::has_single_bit(*size) || *size < least_cluster_size ||
-        *size > most_cluster_size)
-      refuse(key, value, "auto or a power of two from 512 to 2M");
-    cluster_size_ = size;
-    return true;
-  }
-  if (key == "qcowcache-writers") {
-    const std::optional<std::uint64_t> number = parse_number(value, most_writers);
-    if (!number)
-      refuse(key, value, "a number from 0 to 64");
-    writers_ = static_cast<unsigned>(*number);
-    return true;
-  }
-  if (key == "qcowcache-max-write") {
-    const std::optional<std::uint64_t> size = parse_size(value);
-    if (!size || *size < least_max_write || *size > most_max_write)
-      refuse(key, value, "a size from 64K to 32M");
-    max_write_ = *size;
-    return true;
-  }
-  if (key == "qcowcache-expire") {
-    expire_ = seconds_or_never(key, value);
-    return true;
-  }
-  if (key == "qcowcache-max-delay") {
-    max_delay_ = seconds_or_never(key, value);
-    return true;
-  }
-  if (key == "qcowcache-reserve") {
-    const std::optional<std::uint64_t> size = parse_size(value);
-    if (!size || (*size > 0 && (*size < least_reserve || *size > most_reserve)))
-      refuse(key, value, "a size from 2M to 1G, or 0 to reserve nothing");
-    reserve_ = *size;
-    return true;
-  }
-  if (key == "qcowcache-stats") {
-    stats_file_ = replaceable_file(key, value);
-    return true;
-  }
-  if (key == "qcowcache-unclean") {
-    unclean_file_ = replaceable_file(key, value);
-    return true;
-  }
-  if (key == "qcowcache-stats-interval") {
-    stats_interval_ = seconds_or_never(key, value);
-    return true;
-  }
-  if (key == "qcowcache-size-file") {
-    // It need not be there yet, nor hold a size: that is looked at while nbdkit serves.
-    std::error_code error;
-    const std::filesystem::path absolute = std::filesystem::absolute(value, error);
-    if (error || std::filesystem::is_directory(absolute, error))
-      refuse(key, value, "the name of a file");
-    size_file_ = absolute.string(); // nbdkit changes directory later
-    return true;
-  }
-  if (key == "qcowcache-verify") {
-    if (value == "off")
-      verify_ = Verify::off;
-    else if (value == "warn")
-      verify_ = Verify::warn;
-    else if (value == "error")
-      verify_ = Verify::error;
-    else if (value == "all")
-      verify_ = Verify::all;
-    else
-      refuse(key, value, "off, warn, error or all");
-    return true;
-  }
-  if (key == "qcowcache-readback") {
-    const std::optional<bool> wanted = parse_bool(value);
-    if (!wanted)
-      refuse(key, value, "true or false");
-    readback_ = *wanted;
-    return true;
-  }
-  if (key.substr(0, prefix.size()) == prefix) {
-    throw ParameterError(
-        beginning_of_line(key, value) +
-        "no such parameter; allowed: cluster-size, expire, max-delay, "
-        "max-write, readback, reserve, size, size-file, stats, stats-interval, unclean, "
-        "verify and writers, each after qcowcache-");
-  }
-  return false;
+  if (!key.starts_with(prefix))
+    return false;
+  const std::string_view name = key.substr(prefix.size());
+  const auto row = std::ranges::find(table(), name, &Row::name);
+  if (row == table().end())
+    throw ParameterError(beginning_of_line(key, value) + "no such parameter; allowed: " + names() +
+                         ", each after qcowcache-");
+  row->set(*this, key, value);
+  return true;
+}
+
+/// "a, b and c", sorted.
+std::string Parameters::names() {
+  std::vector<std::string_view> sorted;
+  for (const Row& row : table())
+    sorted.push_back(row.name);
+  std::ranges::sort(sorted);
+  std::string text;
+  for (const std::string_view name : sorted)
+    text.append(text.empty() ? "" : name == sorted.back() ? " and " : ", ").append(name);
+  return text;
 }
 
 void Parameters::check() const {
@@ -237,11 +273,8 @@ void Parameters::check() const {
            "used together with qcowcache-stats, or 0");
   if (verify_ == Verify::off || !cluster_size_)
     return;
-  const auto name = [this] {
-    return verify_ == Verify::warn ? "warn" : verify_ == Verify::error ? "error" : "all";
-  };
   std::string line("qcowcache-verify=");
-  line.append(name())
+  line.append(verify_names[static_cast<std::size_t>(verify_)])
       .append(": conflicts with qcowcache-cluster-size=")
       .append(std::to_string(*cluster_size_))
       .append(", which must be auto so that the qcow2 header is looked at");

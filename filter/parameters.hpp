@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -31,7 +32,7 @@ public:
   static constexpr std::string_view prefix = "qcowcache-";
 
   /// What `nbdkit --filter=qcowcache --help` prints about them.
-  static const char* help() noexcept;
+  static const char* help();
 
   /// Takes `key=value`. Returns false for a key that is not this filter's; throws ParameterError.
   bool set(std::string_view key, std::string_view value);
@@ -49,9 +50,9 @@ public:
   [[nodiscard]] std::uint64_t max_write() const noexcept { return max_write_; }
   /// After how long an idle partial unit is left behind; nothing: never by time.
   [[nodiscard]] std::optional<std::chrono::seconds> expire() const noexcept { return expire_; }
-  /// No more is held than storage writes in this time; nothing: no such bound.
   /// Bytes of room that storage is asked for at once; 0: it is not asked.
   [[nodiscard]] std::uint64_t reserve() const noexcept { return reserve_; }
+  /// No more is held than storage writes in this time; nothing: no such bound.
   [[nodiscard]] std::optional<std::chrono::seconds> max_delay() const noexcept {
     return max_delay_;
   }
@@ -75,6 +76,11 @@ public:
   [[nodiscard]] bool readback() const noexcept { return readback_; }
 
 private:
+  struct Row;
+
+  [[nodiscard]] static std::span<const Row> table() noexcept;
+  [[nodiscard]] static std::string names();
+
   std::uint64_t size_ = std::uint64_t{64} * 1024 * 1024;
   std::optional<std::uint64_t> cluster_size_;
   unsigned writers_ = 4;

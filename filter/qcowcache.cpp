@@ -61,8 +61,9 @@ int errno_of(const char* what, Work work) noexcept {
   } catch (const std::system_error& error) {
     nbdkit_error("qcowcache: %s: %s", what, error.what());
     // nbdkit takes these two as "do it another way", which is only right for a fast zero.
-    const int number = error.code().value();
-    return number == 0 || number == ENOTSUP || number == EOPNOTSUPP ? EIO : number;
+    const bool another_way = error.code() == std::errc::not_supported ||
+                             error.code() == std::errc::operation_not_supported;
+    return another_way || !error.code() ? EIO : error.code().value();
   } catch (const std::bad_alloc&) {
     nbdkit_error("qcowcache: %s: out of memory", what);
     return ENOMEM;
