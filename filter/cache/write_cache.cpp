@@ -1056,6 +1056,8 @@ void WriteCache::write_through(InLine& place, Storage& storage, std::uint64_t of
   const Capabilities& capabilities = storage.capabilities();
   const ByteRange range{offset, offset + data.size()};
   wait_turn(place, range);
+  if (!layout_was_read_)
+    learn_layout(storage); // whoever knew it may have left since this began
   const std::uint64_t alignment = caching() ? capabilities.write_alignment() : capabilities.minimum;
   const ByteRange blocks = align_outward(range, alignment).intersection({0, capabilities.size});
   settings_.counters->add(Count::writes_through);

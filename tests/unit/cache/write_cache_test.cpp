@@ -1343,6 +1343,28 @@ TEST_CASE("no more is held than storage writes in the time that a flush may take
   CHECK(bench.storage.calls(Kind::write).empty());
 }
 
+TEST_CASE("a write whose turn comes when who knew the layout has left is aligned",
+          "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  MemoryStorage guest(MemoryStorage::everything(disk_size));
+  guest.disk().write(0, qcow2_header(16), true);
+  bench.cache->admit(guest);
+  Gate gate(bench.storage);
+  WatchedThread first([&] { bench.write(3 * unit, pattern(100, 1), true); });
+  gate.wait_until_reached();
+  WatchedThread second([&] { bench.cache->write(guest, 3 * unit + 50, pattern(100, 2), false); });
+  CHECK(second.waits());
+  CHECK(bench.cache->found_anew(guest));
+  gate.let_go();
+  REQUIRE(first.ends());
+  REQUIRE(second.ends());
+  bench.cache->flush(guest);
+  const auto writes = guest.calls(Kind::write);
+  REQUIRE(writes.size() == 1);
+  CHECK(writes[0].range == ByteRange{3 * unit, 3 * unit + 4096});
+}
+
 TEST_CASE("who came first is answered first, where they ask for the same bytes", "[write_cache]") {
   const bool gone = GENERATE(false, true);
   const bool fua = GENERATE(false, true);
