@@ -18,18 +18,23 @@ bool RangeLock::Owned::wait_until(std::chrono::steady_clock::time_point deadline
   return lock_->released_.wait_until(lock, deadline, [this] { return lock_->granted(entry_); });
 }
 
-RangeLock::Owned RangeLock::ask(const ByteRange& range) {
-  const std::lock_guard lock(mutex_);
+/// REQUIRES: the mutex is held.
+std::list<ByteRange>::iterator RangeLock::enter(const ByteRange& range) {
   const auto entry = in_order_of_request_.insert(in_order_of_request_.end(), range);
   ++asked_for_;
-  return {*this, entry};
+  return entry;
+}
+
+RangeLock::Owned RangeLock::ask(const ByteRange& range) {
+  const std::lock_guard lock(mutex_);
+  return {*this, enter(range)};
 }
 
 RangeLock::Owned RangeLock::own(const ByteRange& range) {
-  Owned asked = ask(range);
   std::unique_lock lock(mutex_);
-  released_.wait(lock, [&] { return granted(asked.entry_); });
-  return asked;
+  const auto mine = enter(range);
+  released_.wait(lock, [&] { return granted(mine); });
+  return {*this, mine};
 }
 
 std::optional<RangeLock::Owned>

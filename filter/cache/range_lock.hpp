@@ -59,6 +59,7 @@ public:
   [[nodiscard]] bool idle() const noexcept { return asked_for_ == 0; }
 
 private:
+  [[nodiscard]] std::list<ByteRange>::iterator enter(const ByteRange& range);
   [[nodiscard]] bool granted(std::list<ByteRange>::iterator mine) const noexcept;
   void release(std::list<ByteRange>::iterator entry) noexcept;
 
