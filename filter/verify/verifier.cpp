@@ -23,7 +23,8 @@ constexpr std::size_t most_reported = 4;
 constexpr std::size_t batch = 4096;
 /// Clusters that lie side by side are read together, in bytes.
 constexpr std::uint64_t largest_read = std::uint64_t{1024} * 1024;
-constexpr std::uint64_t smallest_gap = std::uint64_t{64} * 1024;
+/// A read takes hardly longer for so many bytes more.
+constexpr std::uint64_t small_read = std::uint64_t{64} * 1024;
 constexpr unsigned most_tries = 3;
 /// Tables that may turn out to be named once more.
 constexpr std::size_t most_looked = 2048;
@@ -33,7 +34,7 @@ constexpr std::size_t most_rewritten = 4096;
 /// The ranges with the smallest gaps between them made one, so that no more than half are left.
 ByteRanges coarser(const ByteRanges& ranges) {
   ByteRanges result = ranges;
-  for (std::uint64_t gap = smallest_gap; result.count() > ranges.count() / 2; gap *= 2) {
+  for (std::uint64_t gap = small_read; result.count() > ranges.count() / 2; gap *= 2) {
     ByteRanges merged;
     ByteRange last = *result.begin();
     for (const ByteRange& range : result) {
@@ -317,7 +318,7 @@ void Verifier::client_read(const std::function<std::optional<Header>()>& header,
     if (!known)
       return;
     const ByteRange l1 = qcow2::l1_range(*known);
-    if (l1.empty() || l1.size() > smallest_gap ||
+    if (l1.empty() || l1.size() > small_read ||
         !ByteRange{offset, offset + data.size()}.contains(l1))
       return;
     const std::span<const std::byte> table = data.subspan(l1.begin - offset, l1.size());
@@ -420,7 +421,7 @@ void Verifier::open(Lock& lock, Image& image) {
         if (early_range_ == l1) {
           bytes = early_;
         } else {
-          bytes.resize(std::min(rest.size(), smallest_gap));
+          bytes.resize(std::min(rest.size(), small_read));
           read_table(lock, image, rest.begin, bytes);
         }
         tables_.l1_entries(
@@ -761,7 +762,7 @@ void Verifier::refresh_l1(Lock& lock, Image& image) {
     }
     tables_.begin_reading_l1();
     for (ByteRange rest = l1; !rest.empty();) {
-      bytes.resize(std::min(rest.size(), smallest_gap));
+      bytes.resize(std::min(rest.size(), small_read));
       read_table(lock, image, rest.begin, bytes);
       tables_.l1_entries(static_cast<std::uint32_t>((rest.begin - l1.begin) / qcow2::l1_entry_size),
                          bytes, false);
@@ -996,7 +997,7 @@ void Verifier::look_at_everything(Lock& lock, Image& image) {
   tables_.begin_looking_at_everything();
   try {
     for (ByteRange rest = l1; !rest.empty(); rest.begin += bytes.size()) {
-      bytes.resize(std::min(rest.size(), smallest_gap));
+      bytes.resize(std::min(rest.size(), small_read));
       if (leaves_out(rest.begin, bytes.size()))
         continue;
       read_table(lock, image, rest.begin, bytes);
@@ -1071,7 +1072,7 @@ void Verifier::look_at(Lock& lock, Image& image, std::span<const Entry> entries,
     auto behind = first + 1;
     std::uint64_t end = first->data.end;
     while (behind != candidates.end() && !behind->data.empty() &&
-           behind->data.begin <= end + smallest_gap &&
+           behind->data.begin <= end + small_read &&
            behind->data.end - first->data.begin <= largest_read) {
       end = std::max(end, behind->data.end);
       ++behind;

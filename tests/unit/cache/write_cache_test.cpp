@@ -1,6 +1,7 @@
 #include "cache/write_cache.hpp"
 
 #include "catch.hpp"
+#include "error_of.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
 #include "storage/handle.hpp"
@@ -127,15 +128,6 @@ private:
   std::latch reached_{1};
   std::latch open_{1};
 };
-
-int error_of(const std::function<void()>& work) {
-  try {
-    work();
-  } catch (const std::system_error& error) {
-    return error.code().value();
-  }
-  return 0;
-}
 
 } // namespace
 

@@ -3,6 +3,7 @@
 #include "cache/write_cache.hpp"
 
 #include "catch.hpp"
+#include "error_of.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
 #include "watched_thread.hpp"
@@ -121,15 +122,6 @@ struct CacheBench : Bench {
   MemoryBudget budget;
   std::shared_ptr<WriteCache> cache;
 };
-
-int error_of(const std::function<void()>& work) {
-  try {
-    work();
-  } catch (const std::system_error& error) {
-    return error.code().value();
-  }
-  return 0;
-}
 
 } // namespace
 
