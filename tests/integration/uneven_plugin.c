@@ -9,6 +9,9 @@
  *   damaging  wrongly: of every 100 000 bytes one, for as long as the file of damages=FILE exists
  *
  * kind=NAME is the name of the export without one.
+ * Two writes of the same bytes at once end nbdkit: which of them stays would be left to chance, and
+ * clients here send none, nor may the filter. What is read while it is written is read as it was
+ * before, or after.
  * With entered=FILE a byte is added to that file, which may be a pipe, when a write begins that
  * will not end at once.
  */
@@ -18,6 +21,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,11 +37,19 @@
 #define MOST_LATE_MICROSECONDS 16000
 #define BYTES_PER_DAMAGE 100000
 
+/* A write that has begun. */
+struct writing {
+  uint64_t begin, end;
+  struct writing* next;
+};
+
 struct disk {
   char* name;
   char* bytes;
   pthread_mutex_t one_at_a_time;
   uint64_t written;
+  pthread_mutex_t lock; /* of the bytes, and of: */
+  struct writing* writing;
 };
 
 static struct disk disks[MOST_DISKS];
@@ -76,6 +88,7 @@ static void* uneven_open(int readonly) {
       disks[i].name = strdup(name);
       disks[i].bytes = calloc(1, DISK_SIZE);
       pthread_mutex_init(&disks[i].one_at_a_time, NULL);
+      pthread_mutex_init(&disks[i].lock, NULL);
     }
     if (strcmp(disks[i].name, name) == 0)
       found = &disks[i];
@@ -109,10 +122,12 @@ static void be_late(const struct disk* disk) {
 
 static int uneven_pread(void* handle, void* buffer, uint32_t count, uint64_t offset,
                         uint32_t flags) {
-  const struct disk* disk = handle;
+  struct disk* disk = handle;
   (void)flags;
   be_late(disk);
+  pthread_mutex_lock(&disk->lock);
   memcpy(buffer, disk->bytes + offset, count);
+  pthread_mutex_unlock(&disk->lock);
   return 0;
 }
 
@@ -140,14 +155,41 @@ static void damage(struct disk* disk, uint32_t count, uint64_t offset) {
   const uint64_t begin = disk->written;
   disk->written += count;
   pthread_mutex_unlock(&disk->one_at_a_time);
+  pthread_mutex_lock(&disk->lock);
   for (uint64_t next = (begin / BYTES_PER_DAMAGE + 1) * BYTES_PER_DAMAGE;
        damaging && next <= begin + count; next += BYTES_PER_DAMAGE)
     disk->bytes[offset + (next - begin) - 1] ^= 0x10;
+  pthread_mutex_unlock(&disk->lock);
+}
+
+static void begin_to_write(struct disk* disk, struct writing* this) {
+  pthread_mutex_lock(&disk->lock);
+  for (const struct writing* each = disk->writing; each != NULL; each = each->next) {
+    if (each->begin < this->end && this->begin < each->end) {
+      nbdkit_error("two writes at once: %" PRIu64 "-%" PRIu64 " and %" PRIu64 "-%" PRIu64,
+                   each->begin, each->end, this->begin, this->end);
+      abort();
+    }
+  }
+  this->next = disk->writing;
+  disk->writing = this;
+  pthread_mutex_unlock(&disk->lock);
+}
+
+static void end_writing(struct disk* disk, const struct writing* this, const void* buffer) {
+  pthread_mutex_lock(&disk->lock);
+  memcpy(disk->bytes + this->begin, buffer, this->end - this->begin);
+  struct writing** link = &disk->writing;
+  while (*link != this)
+    link = &(*link)->next;
+  *link = this->next;
+  pthread_mutex_unlock(&disk->lock);
 }
 
 static int uneven_pwrite(void* handle, const void* buffer, uint32_t count, uint64_t offset,
                          uint32_t flags) {
   struct disk* disk = handle;
+  struct writing writing = {.begin = offset, .end = offset + count};
   const int good = offset + count <= GOOD_BYTES;
   (void)flags;
   if (!good && is(disk, "hung")) {
@@ -160,6 +202,7 @@ static int uneven_pwrite(void* handle, const void* buffer, uint32_t count, uint6
     nbdkit_set_error(ENOSPC);
     return -1;
   }
+  begin_to_write(disk, &writing);
   if (!good && is(disk, "slow")) {
     note_entered();
     take_time(disk, count / SLOW_BYTES_PER_SECOND);
@@ -167,7 +210,7 @@ static int uneven_pwrite(void* handle, const void* buffer, uint32_t count, uint6
   if (!good && is(disk, "healthy"))
     take_time(disk, count / HEALTHY_BYTES_PER_SECOND);
   be_late(disk);
-  memcpy(disk->bytes + offset, buffer, count);
+  end_writing(disk, &writing, buffer);
   if (is(disk, "damaging"))
     damage(disk, count, offset);
   return 0;
