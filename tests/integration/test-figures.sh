@@ -10,7 +10,7 @@
 source "$(dirname "$0")/functions.sh"
 
 if [ "${LONG:-}" = 1 ]; then : "${SIZE:=512M}"; fi
-: "${SIZE:=64M}"
+: "${SIZE:=32M}"
 make_tar_image "$work/source" "$SIZE"
 target=$work/target.qcow2
 missed=0

@@ -38,7 +38,7 @@ for lives in range(2):
 open(sys.argv[2], "w").close()
 # Where the memory for what is refused is full already, nothing more is accepted.
 accepted = 0
-for _ in range(50):
+for _ in range(5):
     if accepted:
         break
     last = connect(sys.argv[1])

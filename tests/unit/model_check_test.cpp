@@ -21,7 +21,7 @@
 namespace {
 
 // Under a sanitizer each takes many times as long.
-constexpr std::uint64_t usual_sequences = sanitized ? 100 : 1000;
+constexpr std::uint64_t usual_sequences = thread_sanitized ? 10 : sanitized ? 100 : 1000;
 
 std::uint64_t number_from(const char* variable, std::uint64_t usual) {
   const char* text = std::getenv(variable);
