@@ -91,7 +91,7 @@ void Connection::change(const ByteRange& range, Work work) {
   refuse_if_lost(range.begin);
   const InUse in_use = this->in_use({true, range});
   CachedImage image(in_use.cache, in_use.use.storage());
-  Verifier::Change change(in_use.verifier, image, range);
+  Verifier::Change change(in_use.verifier.get(), image, range);
   work(in_use.cache, in_use.use.storage(), change);
 }
 
@@ -213,9 +213,10 @@ void Connection::drain() noexcept {
       // What is left is found, and reported, by whoever looks at the cache next.
     }
   };
-  if (const std::optional<Handle::Use> use = handle_->use(); use && image.verifier() != nullptr)
-    image.verifier()->ends(&use->storage());
-  const bool unchecked = image.verifier() != nullptr && image.verifier()->has_work_at_end();
+  const std::shared_ptr<Verifier> verifier = image.verifier();
+  if (const std::optional<Handle::Use> use = handle_->use(); use && verifier)
+    verifier->ends(&use->storage());
+  const bool unchecked = verifier && verifier->has_work_at_end();
   const bool clean = image.cache().clean();
   const bool has_work =
       !clean || recorded || unchecked || (last && image.cache().may_have_reserved());

@@ -64,7 +64,7 @@ public:
     WriteCache& cache;
     Handle::Use use;
     /// nullptr: nobody checks what is written.
-    Verifier* verifier = nullptr;
+    std::shared_ptr<Verifier> verifier = nullptr;
     /// Whoever changes the same bytes later waits for it. Given back before `use`.
     std::optional<RangeLock::Owned> place = std::nullopt;
 

@@ -9,7 +9,7 @@
 namespace qcowcache {
 
 namespace {
-constexpr std::ptrdiff_t most_with_failures = 64;
+constexpr std::ptrdiff_t most_with_clusters = 64;
 } // namespace
 
 Export::~Export() = default;
@@ -22,8 +22,7 @@ std::shared_ptr<Image> Export::make_image(const Capabilities& capabilities) {
   image->begin(
       capabilities, shared_from_this(),
       [this](const Image& by, const ByteRange& range) { changed_storage(by, range); },
-      // Storage that does not share its image may be another disk.
-      shared ? std::exchange(left_, {}) : Verifier::Left(),
+      shared && std::exchange(look_at_all_, false),
       [this] {
         const std::lock_guard lock(mutex_);
         return has_one_image();
@@ -35,15 +34,12 @@ std::shared_ptr<Image> Export::make_image(const Capabilities& capabilities) {
 
 void Export::remove(const std::shared_ptr<Image>& image) {
   image->end();
-  Verifier::Left left = image->remove_verifier();
   const auto shared = std::ranges::find(shared_, image);
   // Last: the caller's reference may be the list's own.
-  if (shared != shared_.end()) {
-    left_ = std::move(left);
+  if (shared != shared_.end())
     shared_.erase(shared);
-  } else {
+  else
     own_.erase(std::ranges::find(own_, image));
-  }
   ++version_;
 }
 
@@ -105,8 +101,6 @@ std::shared_ptr<Image> Export::enter(const std::shared_ptr<Handle>& handle,
       if (found.image != present) {
         if (present)
           leave_image(*handle, present);
-        if (settings_.verify && found.image->verifier() == nullptr)
-          found.image->add_verifier(std::exchange(left_, {}));
         // Who has compared himself with what is left has somebody to be compared with now.
         version_ += found.image->is_used() ? 0 : 1;
         found.image->join(handle);
@@ -139,11 +133,8 @@ void Export::leave_image(const Handle& handle, const std::shared_ptr<Image>& ima
     return;
   if (!shared)
     image->report_lost_to_clients();
-  if (!shared || image->cache().clean())
+  if (!shared || image->owes() == Image::Debt::none)
     remove(image);
-  else if (settings_.verify)
-    // The next connection brings another, which finds the image as it is then.
-    left_ = image->remove_verifier();
 }
 
 void Export::leave(const Handle& handle, const std::shared_ptr<Image>& present) {
@@ -168,18 +159,24 @@ void Export::changed_storage(const Image& by, const ByteRange& range) const {
       image->cache().forget(range);
       if (!shares)
         image->cache().forget_witnesses(range); // nobody has found that they are different disks
-      // Asked once: others may remove it meanwhile.
-      if (Verifier* const verifier = image->verifier())
+      if (const std::shared_ptr<Verifier> verifier = image->verifier())
         verifier->forget(range);
     }
   }
 }
 
-Export::Need Export::need() const {
+Image::Debt Export::owes() const {
   const std::lock_guard lock(mutex_);
-  if (!shared_.empty() || !own_.empty())
-    return Need::use;
-  return left_.empty() ? Need::none : Need::failures;
+  Image::Debt most = Image::Debt::none;
+  for (const std::shared_ptr<Image>& image : shared_)
+    most = std::max(most, image->owes());
+  return most;
+}
+
+void Export::forget() {
+  const std::lock_guard lock(mutex_);
+  while (!shared_.empty())
+    remove(shared_.front());
 }
 
 void Export::report_left() const {
@@ -194,10 +191,10 @@ std::shared_ptr<Export> Exports::visit(const std::string& name) {
   const std::lock_guard lock(mutex_);
   auto found = exports_.find(name);
   if (found == exports_.end())
-    found = exports_
-                .emplace(name, Entry{std::make_shared<Export>(name, settings_, budget_,
-                                                              Verifier::Left{{}, forgotten_})})
-                .first;
+    found =
+        exports_
+            .emplace(name, Entry{std::make_shared<Export>(name, settings_, budget_, forgotten_)})
+            .first;
   ++found->second.visitors;
   return found->second.of;
 }
@@ -209,23 +206,25 @@ void Exports::leave(const std::shared_ptr<Export>& visited, const Handle& handle
   const auto entry =
       std::ranges::find_if(exports_, [&](const auto& each) { return each.second.of == visited; });
   --entry->second.visitors;
-  const Export::Need need = visited->need();
-  const bool kept =
-      need == Export::Need::use || (need == Export::Need::failures && may_keep_failures());
-  if (entry->second.visitors > 0 || kept)
+  if (entry->second.visitors > 0)
     return;
-  if (need == Export::Need::failures && !std::exchange(forgotten_, true))
+  const Image::Debt owed = visited->owes();
+  const bool clusters = owed == Image::Debt::clusters;
+  if (owed == Image::Debt::bytes || (clusters && may_keep_clusters()))
+    return;
+  visited->forget();
+  if (clusters && !std::exchange(forgotten_, true))
     settings_.report_damage(
         entry->first, "too many exports have compressed clusters that cannot be read: from here on "
                       "all clusters of an export are checked whenever it is opened anew");
   exports_.erase(entry);
 }
 
-bool Exports::may_keep_failures() const {
-  const auto has_failures = [](const auto& entry) {
-    return entry.second.of->need() == Export::Need::failures;
+bool Exports::may_keep_clusters() const {
+  const auto for_clusters_only = [](const auto& entry) {
+    return entry.second.visitors == 0 && entry.second.of->owes() == Image::Debt::clusters;
   };
-  return std::ranges::count_if(exports_, has_failures) <= most_with_failures;
+  return std::ranges::count_if(exports_, for_clusters_only) <= most_with_clusters;
 }
 
 void Exports::report_left() const {

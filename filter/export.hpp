@@ -4,7 +4,6 @@
 #include "image.hpp"
 #include "memory/memory_budget.hpp"
 #include "storage/handle.hpp"
-#include "verify/verifier.hpp"
 
 #include <cstddef>
 #include <cstdint>
@@ -29,10 +28,11 @@ class Export : public std::enable_shared_from_this<Export> {
 public:
   using Settings = Image::Settings;
 
-  /// The budget outlives the export. `left` is what is known of its clusters from earlier.
-  Export(std::string name, Settings settings, MemoryBudget& budget, Verifier::Left left = {})
+  /// The budget outlives the export. With `look_at_all` any of its clusters may be one that was
+  /// found unreadable earlier.
+  Export(std::string name, Settings settings, MemoryBudget& budget, bool look_at_all = false)
       : name_(std::move(name)), settings_(std::move(settings)), budget_(budget),
-        left_(std::move(left)) {}
+        look_at_all_(look_at_all) {}
   Export(const Export&) = delete;
   Export& operator=(const Export&) = delete;
   ~Export();
@@ -55,20 +55,16 @@ public:
   /// Waits for those who came before. Throws ESHUTDOWN when the connection ends meanwhile.
   void wait_turn(const RangeLock::Owned& place) const;
 
-  /// It ends. With the last connection of an image goes what was learned; bytes that storage
-  /// refused stay for the next connection to the same disk where connections share it, and are
-  /// reported lost where they do not. REQUIRES: the handle is retired.
+  /// It ends. What the image still owes stays for the next connection to the same disk where
+  /// connections share it, and its bytes are reported lost where they do not. REQUIRES: the handle
+  /// is retired.
   void leave(const Handle& handle, const std::shared_ptr<Image>& present);
 
-  /// What an export is needed for.
-  enum class Need {
-    /// Somebody uses an image, or bytes are left that storage refused.
-    use,
-    /// Clusters are left that cannot be read, and nothing else is.
-    failures,
-    none,
-  };
-  [[nodiscard]] Need need() const;
+  /// What is left when the last connection has ended.
+  [[nodiscard]] Image::Debt owes() const;
+  /// Forgets the clusters that could not be read. REQUIRES: nothing else is left, and nobody uses
+  /// the export.
+  void forget();
   /// Reports all that is left as lost: the server ends.
   void report_left() const;
 
@@ -105,8 +101,9 @@ private:
   Images own_;
   /// Grows when an image comes, goes, or is founded anew: comparisons made before count no more.
   std::uint64_t version_ = 0;
-  /// What could not be read when the last connection of a shared image ended.
-  Verifier::Left left_;
+  /// For the first that connections may share: of other storage nobody knows whether it is the
+  /// same.
+  bool look_at_all_;
 };
 
 /// All exports that somebody uses, or that have bytes left, or clusters that cannot be read.
@@ -135,8 +132,8 @@ private:
     std::size_t visitors = 0;
   };
 
-  /// Whether no more exports than allowed are kept for their failures.
-  [[nodiscard]] bool may_keep_failures() const;
+  /// Whether no more exports than allowed are kept for their clusters.
+  [[nodiscard]] bool may_keep_clusters() const;
 
   const Export::Settings settings_;
   MemoryBudget& budget_;

@@ -1,6 +1,7 @@
 #include "image.hpp"
 
 #include <algorithm>
+#include <new>
 #include <utility>
 
 namespace qcowcache {
@@ -35,8 +36,9 @@ private:
 };
 
 void Image::begin(const Capabilities& capabilities, std::shared_ptr<const void> owner,
-                  std::function<void(const Image&, const ByteRange&)> changed, Verifier::Left left,
+                  std::function<void(const Image&, const ByteRange&)> changed, bool look_at_all,
                   std::function<bool()> alone) {
+  left_.more = look_at_all;
   // What the cache's callbacks need to know of it, set before anybody can use it.
   const auto self = std::make_shared<std::weak_ptr<Writeback::Source>>();
   WriteCache::Settings settings;
@@ -68,7 +70,6 @@ void Image::begin(const Capabilities& capabilities, std::shared_ptr<const void> 
   }
   cache_ = std::make_shared<WriteCache>(std::move(settings), capabilities, ranges_, budget_);
   budget_.add_holder(cache_);
-  add_verifier(std::move(left));
   if (settings_.writeback != nullptr) {
     const auto source = std::make_shared<Source>(std::move(owner), shared_from_this());
     *self = source;
@@ -78,6 +79,13 @@ void Image::begin(const Capabilities& capabilities, std::shared_ptr<const void> 
 }
 
 void Image::end() {
+  give_up_record();
+  if (const std::shared_ptr<Writeback::Source> source = source_.lock())
+    settings_.writeback->remove(source);
+}
+
+/// Nobody is there any more who could flush what storage has taken.
+void Image::give_up_record() {
   if (cache_->recorded() && cache_->clean()) {
     settings_.unclean->lose(name_);
     if (settings_.report_disk)
@@ -85,11 +93,9 @@ void Image::end() {
                                    "since: they may be lost");
   }
   cache_->abandon();
-  if (const std::shared_ptr<Writeback::Source> source = source_.lock())
-    settings_.writeback->remove(source);
 }
 
-void Image::add_verifier(Verifier::Left left) {
+void Image::begin_to_verify() {
   if (!settings_.verify)
     return;
   // As above: set before anybody can use it.
@@ -108,24 +114,43 @@ void Image::add_verifier(Verifier::Left left) {
   settings.memory = settings_.verify_memory;
   settings.interrupted = settings_.interrupted;
   settings.everything = settings_.verify_everything;
-  settings.left = std::move(left);
-  verifiers_.push_back(std::make_shared<Verifier>(std::move(settings), budget_));
+  settings.left = left_;
+  auto verifier = std::make_shared<Verifier>(std::move(settings), budget_);
   if (settings_.decoders != nullptr) {
-    const auto decoding = std::make_shared<Decoding>(verifiers_.back());
+    const auto decoding = std::make_shared<Decoding>(verifier);
     *self = decoding;
     decoding_ = decoding;
     settings_.decoders->add(decoding);
   }
-  verifier_ = verifiers_.back().get();
+  verifier_ = std::move(verifier);
+  left_ = {};
 }
 
-Verifier::Left Image::remove_verifier() {
+void Image::end_verifying() {
   if (const std::shared_ptr<Writeback::Source> decoding = decoding_.lock())
     settings_.decoders->remove(decoding);
-  Verifier::Left left;
-  if (const Verifier* const removed = verifier_.exchange(nullptr))
-    left = removed->left();
-  return left;
+  const std::shared_ptr<Verifier> ended = std::exchange(verifier_, nullptr);
+  if (!ended)
+    return;
+  try {
+    left_ = ended->left();
+  } catch (const std::bad_alloc&) {
+    left_.more = true; // nobody knows which
+  }
+}
+
+std::shared_ptr<Verifier> Image::verifier() const {
+  if (!settings_.verify)
+    return nullptr;
+  const std::lock_guard lock(mutex_);
+  return verifier_;
+}
+
+Image::Debt Image::owes() const {
+  if (!cache_->clean())
+    return Debt::bytes;
+  const std::lock_guard lock(mutex_);
+  return left_.empty() ? Debt::none : Debt::clusters;
 }
 
 bool Image::is_used() const {
@@ -190,6 +215,9 @@ Image::Standing Image::standing(Handle& newcomer, const Request& request) const 
 
 void Image::join(const std::shared_ptr<Handle>& handle) {
   const std::lock_guard lock(mutex_);
+  users_.reserve(users_.size() + 1); // nothing below the verifier can fail
+  if (users_.empty())
+    begin_to_verify();
   users_.push_back(handle);
   handle->count_in(cache_->counters());
   cache_->admit(handle->identity());
@@ -202,6 +230,9 @@ void Image::leave(const Handle& handle) {
   cache_->leave(handle.identity());
   if (users_.empty()) {
     cache_->forget_all(); // a background writer may hold on to the cache a moment longer
+    end_verifying();
+    if (cache_->clean())
+      give_up_record();
     return;
   }
   follow_size();

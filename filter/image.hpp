@@ -10,7 +10,6 @@
 #include "util/events.hpp"
 #include "verify/verifier.hpp"
 
-#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <functional>
@@ -23,8 +22,8 @@
 namespace qcowcache {
 
 /// One disk as its clients see it: who uses it, its cache, who checks what is written, and what the
-/// background writers have to do for it. Lives while somebody uses it, or bytes are left that
-/// storage refused.
+/// background writers have to do for it. Lives while somebody uses it, or something is left for
+/// whoever uses it next (`owes`).
 ///
 /// A name does not tell disks apart: a file that was replaced is another one for whoever opens it
 /// afterwards. So who joins an image that others use, or have left bytes in, is compared with it
@@ -85,17 +84,19 @@ public:
   /// Makes the cache, and lets the background writers know of it, which keep `owner` alive while
   /// they use the image. To be called once, before anything else. `capabilities` are those of the
   /// connection that it is for; `changed` is called as `WriteCache::Settings::changed_storage`;
-  /// `left` is what an earlier verifier of the name could not read.
-  /// `alone` as in `WriteCache::Settings`.
+  /// `alone` as in `WriteCache::Settings`. With `look_at_all` any of its clusters may be one that
+  /// was found unreadable earlier.
   void begin(const Capabilities& capabilities, std::shared_ptr<const void> owner,
-             std::function<void(const Image&, const ByteRange&)> changed, Verifier::Left left,
+             std::function<void(const Image&, const ByteRange&)> changed, bool look_at_all,
              std::function<bool()> alone = {});
-  /// The background writers hear nothing of it any more.
+  /// The background writers hear nothing of it any more. REQUIRES: nobody uses it.
   void end();
 
   [[nodiscard]] WriteCache& cache() const noexcept { return *cache_; }
-  /// nullptr: nobody checks what is written. Stays while somebody uses the image.
-  [[nodiscard]] Verifier* verifier() const noexcept { return verifier_; }
+  /// nullptr: nobody checks what is written, or nobody uses the image, with whose last user it
+  /// ends.
+  /// What a request holds of it stays, though that is a guest's who uses another image by now.
+  [[nodiscard]] std::shared_ptr<Verifier> verifier() const;
 
   /// What a connection is to the others that use an image.
   enum class Standing {
@@ -128,6 +129,15 @@ public:
   /// It does no more. With the last one goes what was learned.
   void leave(const Handle& handle);
   [[nodiscard]] bool is_used() const;
+  /// What an image may owe that nobody uses.
+  enum class Debt {
+    none,
+    /// Compressed clusters that could not be read: the next verifier has to know of them.
+    clusters,
+    /// Bytes that storage refused.
+    bytes,
+  };
+  [[nodiscard]] Debt owes() const;
   /// Whether other connections, which have not ended and are no guests, have changed something.
   [[nodiscard]] bool is_changed_by_others(const Handle& handle) const;
 
@@ -140,11 +150,6 @@ public:
   /// The same where clients may come back for it, to the same disk: they will be told.
   void report_lost_to_clients() const;
 
-  /// Gives up the verifier: what the next one of the name has to know.
-  Verifier::Left remove_verifier();
-  /// Has one again. REQUIRES: nobody uses the image.
-  void add_verifier(Verifier::Left left);
-
 private:
   class Source;
   class Decoding;
@@ -154,21 +159,24 @@ private:
   [[nodiscard]] bool is_used_by_others(const Handle& handle) const;
   [[nodiscard]] std::uint64_t largest_size() const;
   void follow_size();
+  void begin_to_verify();
+  void end_verifying();
+  void give_up_record();
 
   const std::string name_;
   const Settings& settings_;
   RangeLock& ranges_;
   MemoryBudget& budget_;
   std::shared_ptr<WriteCache> cache_;
-  /// With those before it: a connection that uses another image by now may be busy with one.
-  std::vector<std::shared_ptr<Verifier>> verifiers_;
-  std::atomic<Verifier*> verifier_ = nullptr;
   /// Owned by the background writers.
   std::weak_ptr<Writeback::Source> source_;
   std::weak_ptr<Writeback::Source> decoding_;
 
   mutable std::mutex mutex_;
   std::vector<std::shared_ptr<Handle>> users_;
+  std::shared_ptr<Verifier> verifier_;
+  /// By the one before, for the next.
+  Verifier::Left left_;
 };
 
 } // namespace qcowcache

@@ -52,6 +52,8 @@ bool wrote_only(const Client& client, const std::vector<std::uint64_t>& units) {
 
 /// Exports whose compressed clusters are checked.
 class Verifying {
+  MemoryBudget budget_{64 * unit};
+
 public:
   [[nodiscard]] Exports& exports() noexcept { return exports_; }
   [[nodiscard]] const MemoryBudget& budget() const noexcept { return budget_; }
@@ -80,7 +82,6 @@ private:
     return settings;
   }
 
-  MemoryBudget budget_{64 * unit};
   Exports exports_{settings(), budget_};
 };
 

@@ -1,5 +1,6 @@
 #include "image.hpp"
 
+#include "cache/cached_image.hpp"
 #include "catch.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
@@ -48,12 +49,13 @@ public:
     };
     settings_.report_damage = [](const std::string&, const std::string&) {};
     image_ = std::make_shared<Image>("a", settings_, ranges_, budget_);
-    image_->begin(MemoryStorage::everything(disk_size), image_,
-                  [this](const Image& image, const ByteRange& range) {
-                    changed.add(range);
-                    CHECK(&image == image_.get());
-                  },
-                  {});
+    image_->begin(
+        MemoryStorage::everything(disk_size), image_,
+        [this](const Image& image, const ByteRange& range) {
+          changed.add(range);
+          CHECK(&image == image_.get());
+        },
+        settings_.verify);
   }
 
   [[nodiscard]] Image& image() const { return *image_; }
@@ -364,15 +366,43 @@ TEST_CASE("others hear of each change of storage, and what was not lost is not r
   CHECK(bench.lost.empty());
 }
 
-TEST_CASE("a verifier is there while it is wanted", "[image]") {
+TEST_CASE("a verifier is there while somebody uses the image and wants it", "[image]") {
   Image::Settings settings;
-  CHECK(Bench(settings).image().verifier() == nullptr);
+  const Bench without(settings);
+  Candidate(without, new_disk()).joins();
+  CHECK(without.image().verifier() == nullptr);
   settings.verify = true;
   const Bench bench(settings);
-  REQUIRE(bench.image().verifier() != nullptr);
-  CHECK(bench.image().remove_verifier().empty());
   CHECK(bench.image().verifier() == nullptr);
-  CHECK(bench.image().remove_verifier().empty());
-  bench.image().add_verifier({});
+  Candidate first(bench, new_disk());
+  Candidate second(bench, new_disk());
+  first.joins();
+  second.joins();
+  first.leave();
   CHECK(bench.image().verifier() != nullptr);
+  second.leave();
+  CHECK(bench.image().verifier() == nullptr);
+}
+
+TEST_CASE("an image owes what its users left, bytes first, until that is settled", "[image]") {
+  using Debt = Image::Debt;
+  Image::Settings settings;
+  settings.verify = true;
+  const Bench bench(settings); // all of its clusters are to be looked at
+  CHECK(bench.image().owes() == Debt::clusters);
+  Candidate client(bench, new_disk());
+  client.trusted().refuses_writes();
+  client.write(3 * unit, pattern(unit, 1));
+  client.leave();
+  CHECK(bench.image().owes() == Debt::bytes);
+  Candidate next(bench, new_disk());
+  next.trusted().flush();
+  next.leave();
+  CHECK(bench.image().owes() == Debt::clusters);
+  Candidate last(bench, new_disk());
+  last.joins();
+  CachedImage image(bench.cache(), last.storage());
+  CHECK(bench.image().verifier()->check(image) == Verifier::Outcome::clean);
+  last.leave();
+  CHECK(bench.image().owes() == Debt::none);
 }
