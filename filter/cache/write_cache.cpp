@@ -609,6 +609,7 @@ void WriteCache::trust(Storage& user) {
 void WriteCache::leave(const Storage& user) noexcept {
   const Lock lock(mutex_);
   std::erase(users_, &user);
+  flushes_.forget(user);
 }
 
 bool WriteCache::found_anew(const Storage& founder) {
@@ -999,16 +1000,23 @@ void WriteCache::flush_storage(Storage& storage) {
   };
   std::optional<std::uint64_t> held;
   std::uint64_t changed = 0;
+  bool shares = false;
   {
     const Lock lock(mutex_);
     held = held_if_stored(lock);
     changed = moment_;
+    shares = storage.capabilities().can_multi_conn && !is_guest(storage);
+    if (held && !recorded_ && flushes_.is_flushed(storage, changed))
+      return;
   }
-  storage.flush();
+  const bool itself = flushes_.flush(storage, shares, [this] { stay_connected(); });
   {
     const Lock lock(mutex_);
-    if (held && !is_guest(storage))
+    if (held && !is_guest(storage)) {
       flushed_ = std::max(flushed_, changed);
+      if (itself)
+        flushes_.flushed(storage, changed);
+    }
     const bool settled = held && held_if_stored(lock) == held;
     if (!settled || !std::exchange(recorded_, false))
       return;
@@ -1507,6 +1515,7 @@ void WriteCache::failed_on_storage(const ByteRange& range) {
   // Storage may have changed some of it. Bytes that are dirty will be written once more.
   {
     const Lock lock(mutex_);
+    ++moment_; // a flush makes what was changed durable for those who have read it
     forget(lock, range);
     witnesses_.changed(range);
   }

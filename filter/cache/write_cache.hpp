@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cache/group_flush.hpp"
 #include "cache/header_watch.hpp"
 #include "cache/range_lock.hpp"
 #include "cache/room.hpp"
@@ -512,6 +513,7 @@ private:
   bool no_trust_ = false;
   /// Who was admitted, and has not left.
   std::vector<Storage*> users_;
+  GroupFlush flushes_;
   Witnesses witnesses_;
   /// How often a flush, or the end of a connection, has asked for units to be written.
   std::uint64_t attempts_ = 0;

@@ -35,12 +35,16 @@ def assert_made_durable(requests, what):
                 f"{what}: neither flushed nor with FUA: {requests[i]}"
 
 cached = {}
+# Those through whose connection storage was not flushed since something was changed.
+to_flush = set(clients)
 for step in range(150):
     client = random.choice(clients)
     length = random.choice([1, 700, 4096, 30000, 65536, 150000])
     offset = random.choice([random.randrange(4096, size - length), size - length])
     data = random.randbytes(length)
-    kind = random.choice(["cached", "cached", "cached", "fua", "zero", "flush"])
+    kind = random.choice(["cached", "cached", "cached", "fua", "zero", "flush", "flush"])
+    if kind != "flush":
+        to_flush.update(clients)
     if kind == "cached":
         requests_since()
         client.pwrite(data, offset)
@@ -49,8 +53,11 @@ for step in range(150):
             if other != offset and other < offset + length and offset < other + len(cached[other]):
                 del cached[other]
     elif kind == "flush":
+        requests_since()
         client.flush()
-        assert any(" Flush " in line for line in requests_since()), "storage has not been flushed"
+        flushed = any(" Flush " in line for line in requests_since())
+        assert flushed == (client in to_flush), f"storage was flushed: {flushed}"
+        to_flush.discard(client)
         for at, expected in cached.items():
             assert stored(disk, at, len(expected)) == expected, f"not stored when flushed: {at}"
         cached.clear()

@@ -175,6 +175,47 @@ TEST_CASE("a compressed cluster that crosses host clusters goes into both", "[wr
   CHECK(bench.on_disk(2 * unit - 1234, data.size()) == data);
 }
 
+TEST_CASE("a flush behind which nothing was changed is answered at once", "[write_cache]") {
+  Bench bench;
+  bench.with_header();
+  const auto flushes = [&] {
+    bench.storage.forget_calls();
+    bench.cache->flush(bench.storage);
+    return bench.storage.calls(Kind::flush).size();
+  };
+  // The first asks storage: who was there before may have changed something.
+  CHECK(flushes() == 1);
+  CHECK(flushes() == 0);
+  const auto changes = GENERATE(0, 1, 2, 3, 4);
+  switch (changes) {
+  case 0:
+    bench.write(3 * unit, pattern(300, 1));
+    break;
+  case 1:
+    bench.write(3 * unit, pattern(4096, 1), true);
+    break;
+  case 2:
+    bench.cache->zero(bench.storage, {unit, 2 * unit}, {});
+    break;
+  case 3:
+    bench.cache->trim(bench.storage, {unit, 2 * unit}, false);
+    break;
+  default: // some of it may be on storage, where others have read it
+    const Refusal refusal(bench.storage, Kind::write, EIO);
+    CHECK(error_of([&] { bench.write(3 * unit, pattern(4096, 1), true); }) == EIO);
+  }
+  {
+    const Refusal refusal(bench.storage, Kind::flush, EIO);
+    CHECK(error_of([&] { bench.cache->flush(bench.storage); }) == EIO);
+  }
+  CHECK(flushes() == 1);
+  CHECK(flushes() == 0);
+  // Another connection hears of what storage lost itself.
+  MemoryStorage other(bench.storage.capabilities());
+  bench.cache->flush(other);
+  CHECK(other.calls(Kind::flush).size() == 1);
+}
+
 TEST_CASE("a flush writes partial units on whole blocks, reading nothing that is known",
           "[write_cache]") {
   Bench bench;
