@@ -265,7 +265,7 @@ void UncleanFile::write_down(std::string_view name, Entry& entry) {
     must(fdatasync(fileno(file_.get())));
   } catch (const std::system_error&) {
     // Where a part of it stays it is no name, and will be written over.
-    static_cast<void>(ftruncate(fileno(file_.get()), static_cast<off_t>(end)));
+    std::ignore = ftruncate(fileno(file_.get()), static_cast<off_t>(end)) == 0;
     end_ = end;
     throw;
   }

@@ -66,7 +66,7 @@ TEST_CASE("a file that holds no size is complained of once, until it does again"
   for (const std::string& nonsense :
        {std::string(), std::string("junk"), std::string("64M and more"), std::string("-1"),
         std::string(" \n"), std::string("64M\0", 4), std::string(300, '0'),
-        std::string(300, ' ') + "64M", std::string("9999999999999999999999")}) {
+        std::string(300, ' ').append("64M"), std::string("9999999999999999999999")}) {
     scratch.hold(nonsense);
     CHECK_FALSE(next_look(file));
   }
