@@ -15,10 +15,10 @@ namespace qcowcache {
 
 void WriteCache::count_write(const Lock& /*lock*/, const ByteRange& request) noexcept {
   Counters& counters = *settings_.counters;
-  counters.add_guarded(Count::client_writes);
-  counters.add_guarded(Count::client_written_bytes, request.size());
+  counters.add(Count::client_writes);
+  counters.add(Count::client_written_bytes, request.size());
   if (align_inward(request, odd_grid) != request)
-    counters.add_guarded(Count::client_odd_writes);
+    counters.add(Count::client_odd_writes);
 }
 
 void WriteCache::count_fill_up(const ByteRange& range) {
@@ -51,8 +51,7 @@ void WriteCache::count_written(const Lock& /*lock*/, const Unit& unit) noexcept 
     return Count::partial_units_new_layout;
   };
   if (!unit.in_flight().empty())
-    settings_.counters->add_guarded(unit.started_whole ? Count::whole_units
-                                                       : count_for(unit.reason));
+    settings_.counters->add(unit.started_whole ? Count::whole_units : count_for(unit.reason));
 }
 
 // ---- Telling

@@ -1301,8 +1301,8 @@ void WriteCache::read(Storage& storage, std::uint64_t offset, std::span<std::byt
       gaps.add({offset, offset + data.size()});
     else
       copy_cached(lock, offset, data, gaps);
-    settings_.counters->add_guarded(Count::client_reads);
-    settings_.counters->add_guarded(Count::client_read_bytes, data.size());
+    settings_.counters->add(Count::client_reads);
+    settings_.counters->add(Count::client_read_bytes, data.size());
   }
   const Capabilities& capabilities = storage.capabilities();
   std::vector<std::byte> bounce;

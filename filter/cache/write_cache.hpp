@@ -534,7 +534,7 @@ private:
     bool operator==(const Told&) const = default;
   };
   std::optional<Told> told_;
-  Totals told_written_;
+  Totals told_written_ = settings_.counters->totals();
   bool told_refusal_ = false;
 };
 

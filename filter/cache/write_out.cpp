@@ -374,7 +374,7 @@ WriteCache::Segments WriteCache::start(Storage& storage, const Job& job, std::ui
     unit->written_whole = unit->full(size_);
     unit->started_whole = unit->written_whole;
     if (unit->was_refused)
-      settings_.counters->add_guarded(Count::retries);
+      settings_.counters->add(Count::retries);
     if (unit->written_whole || unit->fragmented())
       unit->begin_anew();
     unit->start_writing(within);

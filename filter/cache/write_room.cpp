@@ -238,7 +238,7 @@ bool WriteCache::ask_for_room(Storage& storage, const ByteRange& unit, std::uint
       room_.smaller(unit.size());
       if (!least)
         continue;
-      settings_.counters->add_guarded(Count::refused_reservations);
+      settings_.counters->add(Count::refused_reservations);
       return false;
     }
     const Lock lock(mutex_);
@@ -251,8 +251,8 @@ bool WriteCache::ask_for_room(Storage& storage, const ByteRange& unit, std::uint
     room_.found(window);
     if (!holes.ranges.empty()) {
       room_.larger();
-      settings_.counters->add_guarded(Count::reservations);
-      settings_.counters->add_guarded(Count::reserved_bytes, holes.ranges.bytes());
+      settings_.counters->add(Count::reservations);
+      settings_.counters->add(Count::reserved_bytes, holes.ranges.bytes());
     }
     return true;
   }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <charconv>
 #include <optional>
+#include <utility>
 
 namespace qcowcache {
 
@@ -291,56 +292,24 @@ Totals Counters::totals() const noexcept {
   return totals;
 }
 
-Totals Statistics::Entry::totals() const noexcept {
-  Totals totals = of_gone;
-  for (const Counters* counters : living)
-    totals += counters->totals();
-  return totals;
-}
-
-/// Counters that leave their values behind when they go.
-class Statistics::Kept final : public Counters {
-public:
-  Kept() = default;
-  Kept(const Kept&) = delete;
-  Kept& operator=(const Kept&) = delete;
-  ~Kept() {
-    if (statistics_ == nullptr)
-      return;
-    const std::lock_guard lock(statistics_->mutex_);
-    entry_->of_gone += totals();
-    std::erase(entry_->living, this);
-  }
-
-  void keep_in(Statistics& statistics, Entry& entry) {
-    entry.living.push_back(this);
-    statistics_ = &statistics;
-    entry_ = &entry;
-  }
-
-private:
-  Statistics* statistics_ = nullptr;
-  Entry* entry_ = nullptr;
-};
-
 std::shared_ptr<Counters> Statistics::counters(const std::string& export_name) {
-  auto fresh = std::make_shared<Kept>(); // outlives the lock, which its end takes
   const std::lock_guard lock(mutex_);
-  auto found = exports_.find(export_name);
-  if (found == exports_.end() && exports_.size() < most_names)
-    found = exports_.try_emplace(export_name).first;
-  if (found == exports_.end() && !others_)
-    others_.emplace();
-  fresh->keep_in(*this, found == exports_.end() ? *others_ : found->second);
-  return fresh;
+  if (const auto found = exports_.find(export_name); found != exports_.end())
+    return found->second;
+  auto fresh = std::make_shared<Counters>();
+  if (exports_.size() < most_names)
+    return exports_.try_emplace(export_name, std::move(fresh)).first->second;
+  if (!others_)
+    others_ = std::move(fresh);
+  return others_;
 }
 
 Snapshot Statistics::snapshot() const {
   const std::lock_guard lock(mutex_);
   Snapshot taken;
   taken.exports.reserve(exports_.size());
-  for (const auto& [name, entry] : exports_)
-    taken.exports.push_back({name, entry.totals()});
+  for (const auto& [name, counters] : exports_)
+    taken.exports.push_back({name, counters->totals()});
   if (others_)
     taken.others = others_->totals();
   return taken;

@@ -81,16 +81,11 @@ private:
   std::array<std::uint64_t, counts> values_{};
 };
 
-/// Where one cache counts. Thread safe.
+/// Where all that is done for an export name is counted. Thread safe.
 class Counters {
 public:
   void add(Count what, std::uint64_t more = 1) noexcept {
     value(what).fetch_add(more, std::memory_order_relaxed);
-  }
-  /// The same, cheaper. REQUIRES: a mutex guards all additions to `what`.
-  void add_guarded(Count what, std::uint64_t more = 1) noexcept {
-    std::atomic<std::uint64_t>& current = value(what);
-    current.store(current.load(std::memory_order_relaxed) + more, std::memory_order_relaxed);
   }
   [[nodiscard]] Totals totals() const noexcept;
 
@@ -144,25 +139,17 @@ public:
   /// Clients choose the names of exports: no more than so many are kept apart.
   static constexpr std::size_t most_names = 1000;
 
-  /// Counters for one cache of this export. They must not outlive the Statistics; when they go,
-  /// what they counted stays.
+  /// The counters of this name, or those that all names share which came after the most.
   std::shared_ptr<Counters> counters(const std::string& export_name);
 
   /// The exports' part of a snapshot.
   [[nodiscard]] Snapshot snapshot() const;
 
 private:
-  struct Entry {
-    Totals of_gone;
-    std::vector<const Counters*> living;
-
-    [[nodiscard]] Totals totals() const noexcept;
-  };
-  class Kept;
-
   mutable std::mutex mutex_;
-  std::map<std::string, Entry> exports_;
-  std::optional<Entry> others_;
+  std::map<std::string, std::shared_ptr<Counters>> exports_;
+  /// nullptr: there are none.
+  std::shared_ptr<Counters> others_;
 };
 
 /// A name that a client chose, made fit to print: UTF-8 without control characters. A backslash and
