@@ -89,6 +89,13 @@ std::vector<std::byte> MemoryDisk::durable(const ByteRange& range) const {
   return {at(durable_, range.begin), at(durable_, range.end)};
 }
 
+MemoryStorage::Hook MemoryStorage::refusal(Kind kind, int error) {
+  return [kind, error](const Call& call) {
+    if (call.kind == kind)
+      throw std::system_error(error, std::generic_category(), "refused");
+  };
+}
+
 Capabilities MemoryStorage::everything(std::uint64_t size) {
   Capabilities capabilities;
   capabilities.size = size;

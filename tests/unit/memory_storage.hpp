@@ -26,6 +26,9 @@ public:
   void resize(std::uint64_t size);
 
   void read(std::uint64_t offset, std::span<std::byte> data) const;
+  [[nodiscard]] std::vector<std::byte> read(std::uint64_t offset, std::size_t size) const {
+    return now({offset, offset + size});
+  }
   void write(std::uint64_t offset, std::span<const std::byte> data, bool durable);
   void zero(const qcowcache::ByteRange& range, bool durable);
   /// What is there now would be left after a power cut.
@@ -76,8 +79,12 @@ public:
     enum class Part { none, half, all } done = Part::all;
   };
 
+  using Hook = std::function<void(const Call&)>;
+
   /// Capabilities of a disk that can do everything, of `size` bytes.
   static qcowcache::Capabilities everything(std::uint64_t size);
+  /// Has all requests of a kind fail with this errno.
+  static Hook refusal(Kind kind, int error);
 
   MemoryStorage(const qcowcache::Capabilities& capabilities, std::shared_ptr<MemoryDisk> disk)
       : capabilities_(capabilities), disk_(std::move(disk)) {}
@@ -85,11 +92,11 @@ public:
       : MemoryStorage(capabilities, std::make_shared<MemoryDisk>(capabilities.size)) {}
 
   /// Called before each request is carried out, with no lock held: may throw, or wait.
-  std::function<void(const Call&)> before;
+  Hook before;
   /// Called next, to decide what becomes of it.
   std::function<Verdict(const Call&)> judge;
   /// Called once it was carried out: may throw, as storage does that fails late.
-  std::function<void(const Call&)> after;
+  Hook after;
   /// What is allocated it calls data, also where that is zeros.
   bool zeros_are_data = false;
   /// Extents begin and end on multiples of this, in bytes.

@@ -68,8 +68,6 @@ private:
 /// A client: a connection and the storage that was made for it.
 class Client {
 public:
-  using Hook = std::function<void(const MemoryStorage::Call&)>;
-
   Client(qcowcache::Exports& exports, const std::string& name,
          std::unique_ptr<MemoryStorage> storage)
       : storage_(storage.get()), connection_(exports, name) {
@@ -77,7 +75,7 @@ public:
   }
   /// `before` as in `MemoryStorage`.
   Client(Serving& serving, const std::string& name, std::shared_ptr<MemoryDisk> disk,
-         const qcowcache::Capabilities& capabilities, Hook before = {})
+         const qcowcache::Capabilities& capabilities, MemoryStorage::Hook before = {})
       : Client(serving.exports(), name,
                std::make_unique<MemoryStorage>(capabilities, std::move(disk))) {
     storage_->before = std::move(before);
