@@ -41,6 +41,14 @@ std::vector<std::byte> number(std::uint64_t value, unsigned width = 8) {
   return bytes;
 }
 
+/// The same number so many times.
+std::vector<std::byte> numbers(std::uint64_t value, std::size_t count) {
+  std::vector<std::byte> bytes;
+  for (const auto one = number(value); count > 0; --count)
+    bytes.insert(bytes.end(), one.begin(), one.end());
+  return bytes;
+}
+
 /// The L2 entry of a compressed cluster.
 std::uint64_t entry_of(std::uint64_t offset, std::uint64_t size) {
   const std::uint64_t sectors = (offset + size - 1) / 512 - offset / 512;
@@ -104,8 +112,19 @@ private:
   std::mutex mutex_;
 };
 
-struct Bench {
-  explicit Bench(std::chrono::milliseconds patience = {}, std::size_t memory = 64U << 20U)
+/// A client of the verifier writes this.
+void client_writes(Verifier& verifier, MemoryImage& image, std::uint64_t offset,
+                   std::span<const std::byte> data) {
+  Verifier::Change change(&verifier, image, {offset, offset + data.size()});
+  image.store(offset, data);
+  change.wrote(data);
+}
+
+constexpr std::size_t plenty = 64U << 20U;
+
+/// Before there is an image.
+struct EmptyBench {
+  explicit EmptyBench(std::chrono::milliseconds patience = {}, std::size_t memory = plenty)
       : budget(memory), verifier(settings(patience), budget) {}
 
   Verifier::Settings settings(std::chrono::milliseconds patience) {
@@ -125,9 +144,7 @@ struct Bench {
   [[nodiscard]] std::uint64_t operator[](Count what) const { return counters->totals()[what]; }
 
   void write(std::uint64_t offset, std::span<const std::byte> data) {
-    Verifier::Change change(&verifier, image, {offset, offset + data.size()});
-    image.store(offset, data);
-    change.wrote(data);
+    client_writes(verifier, image, offset, data);
   }
   void zero(const ByteRange& range) {
     Verifier::Change change(&verifier, image, range);
@@ -135,9 +152,18 @@ struct Bench {
     change.zeroed();
   }
   Outcome check() { return verifier.check(image); }
+  void take_memory() {
+    budget.set_limit(0);
+    verifier.shrink();
+  }
+  /// None is in memory afterwards.
+  void drop_tables() {
+    take_memory();
+    budget.set_limit(plenty);
+  }
 
   /// An image as QEMU creates it, with one empty L2 table.
-  Bench& create(Compression compression = Compression::deflate) {
+  void create(Compression compression) {
     write_header(compression);
     write(l1_at, std::vector<std::byte>(64));
     CHECK(check() == Outcome::clean);
@@ -146,7 +172,6 @@ struct Bench {
     write(l1_at, number(std::uint64_t{1} << 63U | l2_at));
     CHECK(check() == Outcome::clean);
     image.reads = 0;
-    return *this;
   }
   void write_header(Compression compression) {
     auto header = qcow2_header(bits);
@@ -183,6 +208,15 @@ struct Bench {
   Verifier verifier;
 };
 
+/// With an image as QEMU creates it.
+struct Bench : EmptyBench {
+  explicit Bench(std::chrono::milliseconds patience = {}, std::size_t memory = plenty,
+                 Compression compression = Compression::deflate)
+      : EmptyBench(patience, memory) {
+    create(compression);
+  }
+};
+
 /// A piece of work that takes so long.
 void work_for(std::chrono::milliseconds time) {
   const auto end = std::chrono::steady_clock::now() + time;
@@ -201,11 +235,9 @@ Verifier::Settings after(const Verifier& earlier) {
 constexpr std::uint64_t other_at = 6 * cluster;
 
 /// An image that was there before, with one L2 table, which is not in memory.
-struct Opened : Bench {
+struct Opened : EmptyBench {
   Opened() {
-    Bench made;
-    made.create();
-    image.bytes = made.image.bytes;
+    image.bytes = Bench().image.bytes;
     write(image_size - 10, pattern(10, 1));
     CHECK(check() == Outcome::clean);
   }
@@ -223,12 +255,13 @@ struct Opened : Bench {
     image.store(offset, std::vector<std::byte>(cluster));
     write(l1_at + 8, number(offset));
     CHECK(check() == Outcome::clean);
-    budget.set_limit(0);
-    verifier.shrink();
-    budget.set_limit(64U << 20U);
+    drop_tables();
   }
 };
 
+/// A cluster that is good, and its entry.
+const std::vector<std::byte> good_stream = deflated(compressible(cluster, 1));
+const std::uint64_t good_entry = entry_of(data_at, good_stream.size());
 /// Of a cluster that nobody has written.
 const std::uint64_t bad_entry = entry_of(data_at, 300);
 
@@ -241,8 +274,7 @@ bool says(const std::vector<std::string>& lines, const std::string& text) {
 
 TEST_CASE("clusters that are written before their entries are good, without a read", "[verifier]") {
   const auto compression = GENERATE(Compression::deflate, Compression::zstd);
-  Bench bench;
-  bench.create(compression);
+  Bench bench({}, plenty, compression);
   std::uint64_t at = data_at;
   std::vector<std::uint64_t> entries;
   for (unsigned i = 0; i < 50; ++i) {
@@ -264,9 +296,7 @@ TEST_CASE("clusters that are written before their entries are good, without a re
 
 TEST_CASE("an entry without its data is damage, until the data is there", "[verifier]") {
   Bench bench;
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
-  bench.publish(5, entry_of(data_at + 77, stream.size()));
+  bench.publish(5, entry_of(data_at + 77, good_stream.size()));
   CHECK(bench.check() == Outcome::damaged);
   REQUIRE(bench.reported.size() == 1);
   CHECK(says(bench.reported, "host offset " + std::to_string(data_at + 77)));
@@ -276,14 +306,13 @@ TEST_CASE("an entry without its data is damage, until the data is there", "[veri
   CHECK(bench.check() == Outcome::damaged);
   CHECK(bench.image.reads == reads); // nothing changed there, so nothing is decoded again
   CHECK(bench.reported.size() == 1);
-  bench.write(data_at + 77, stream);
+  bench.write(data_at + 77, good_stream);
   CHECK(bench.check() == Outcome::clean);
   CHECK(bench.verifier.failing() == 0);
 }
 
 TEST_CASE("an entry that is taken back is no damage any more", "[verifier]") {
   Bench bench;
-  bench.create();
   bench.publish(5, entry_of(data_at, 1000));
   CHECK(bench.check() == Outcome::damaged);
   switch (GENERATE(0, 1, 2, 3)) {
@@ -306,7 +335,6 @@ TEST_CASE("an entry that is taken back is no damage any more", "[verifier]") {
 
 TEST_CASE("each kind of damage is found, with its reason", "[verifier]") {
   Bench bench;
-  bench.create();
   auto stream = deflated(compressible(cluster, 1));
   REQUIRE(stream.size() > 1200);
   std::uint64_t entry = entry_of(data_at, stream.size());
@@ -346,8 +374,7 @@ TEST_CASE("each kind of damage is found, with its reason", "[verifier]") {
 
 TEST_CASE("an entry is new again when bytes that it names are changed", "[verifier]") {
   const auto compression = GENERATE(Compression::deflate, Compression::zstd);
-  Bench bench;
-  bench.create(compression);
+  Bench bench({}, plenty, compression);
   const auto stream = compressed(compression, compressible(cluster, 1));
   REQUIRE(stream.size() > 700);
   const auto change = [&](const ByteRange& range, unsigned how) {
@@ -366,26 +393,19 @@ TEST_CASE("an entry is new again when bytes that it names are changed", "[verifi
   CHECK(bench.check() == Outcome::clean);
   SECTION("in a table that is in memory") {}
   SECTION("in one that is not") {
-    bench.budget.set_limit(0);
-    bench.verifier.shrink();
-    bench.budget.set_limit(64U << 20U);
+    bench.drop_tables();
   }
   SECTION("in one of which nothing but its place has ever been known") {
     Opened opened;
     opened.image.bytes = bench.image.bytes;
     Verifier another(opened.settings({}), opened.budget);
-    {
-      Verifier::Change begun(&another, opened.image, {data_at, data_at + 50});
-      opened.image.store(data_at, pattern(50, 1));
-      begun.wrote(pattern(50, 1));
-    }
+    client_writes(another, opened.image, data_at, pattern(50, 1));
     CHECK(another.has_work());
     CHECK(another.check(opened.image) == Outcome::damaged);
     CHECK(another.failing() == 1);
   }
   SECTION("where there is no memory for tables") {
-    bench.budget.set_limit(0);
-    bench.verifier.shrink();
+    bench.take_memory();
   }
   // What lies beside it is none of its business.
   change({data_at - 100, data_at}, how);
@@ -403,9 +423,8 @@ TEST_CASE("an entry is new again when bytes that it names are changed", "[verifi
 
 TEST_CASE("what a check had no time for is new again for the next one, too", "[verifier]") {
   Opened bench;
-  const auto stream = deflated(compressible(cluster, 1));
-  bench.image.store(data_at, stream);
-  bench.publish(3, entry_of(data_at, stream.size()));
+  bench.image.store(data_at, good_stream);
+  bench.publish(3, good_entry);
   CHECK(bench.check() == Outcome::clean);
   bench.add_table(other_at); // none is in memory
   bench.write(data_at, pattern(100, 1));
@@ -431,8 +450,7 @@ TEST_CASE("what a check had no time for is new again for the next one, too", "[v
 
 TEST_CASE("what an upload has not come to yet fails no flush, and is no alarm", "[verifier]") {
   const auto compression = GENERATE(Compression::deflate, Compression::zstd);
-  Bench made;
-  made.create(compression);
+  Bench made({}, plenty, compression);
   std::uint64_t at = data_at;
   for (std::uint32_t i = 0; i < 100; ++i) {
     const auto stream = compressed(compression, compressible(cluster, i));
@@ -443,7 +461,7 @@ TEST_CASE("what an upload has not come to yet fails no flush, and is no alarm", 
   const std::uint64_t end = at;
   const std::uint64_t size = align_up(end, cluster);
   // One that waits would wait for minutes.
-  Bench upload(std::chrono::minutes(5), GENERATE(std::size_t{64} << 20U, std::size_t{0}));
+  EmptyBench upload(std::chrono::minutes(5), GENERATE(plenty, std::size_t{0}));
   const auto write = [&](std::uint64_t from, std::uint64_t to) {
     upload.write(from, std::span(made.image.bytes).subspan(from, to - from));
   };
@@ -477,12 +495,10 @@ TEST_CASE("what an upload has not come to yet fails no flush, and is no alarm", 
 
 TEST_CASE("an upload that ends too early has failed", "[verifier]") {
   Bench made;
-  made.create();
-  const auto stream = deflated(compressible(cluster, 1));
-  made.image.store(data_at, stream);
-  made.publish(3, entry_of(data_at, stream.size()));
-  made.publish(4, entry_of(data_at + cluster, stream.size()));
-  Bench upload;
+  made.image.store(data_at, good_stream);
+  made.publish(3, good_entry);
+  made.publish(4, entry_of(data_at + cluster, good_stream.size()));
+  EmptyBench upload;
   upload.write(0, std::span(made.image.bytes).first(data_at + 100));
   CHECK(upload.check() == Outcome::clean);
   CHECK(upload.verifier.has_work());
@@ -500,10 +516,9 @@ TEST_CASE("an upload that ends too early has failed", "[verifier]") {
 
 TEST_CASE("what is behind the front of an upload, and bad, fails it", "[verifier]") {
   Bench made;
-  made.create();
   made.publish(3, entry_of(data_at, 300));
   made.publish(4, entry_of(image_size + 512, 300)); // where no upload ever comes
-  Bench upload;
+  EmptyBench upload;
   upload.write(0, std::span(made.image.bytes).first(data_at));
   CHECK(upload.check() == Outcome::damaged);
   CHECK(upload.verifier.failing() == 1);
@@ -515,7 +530,6 @@ TEST_CASE("what is behind the front of an upload, and bad, fails it", "[verifier
 
 TEST_CASE("unreadable clusters are counted as long as they are", "[verifier]") {
   Bench bench;
-  bench.create();
   bench.publish(3, bad_entry);
   bench.publish(4, bad_entry + cluster);
   CHECK(bench.check() == Outcome::damaged);
@@ -529,11 +543,7 @@ TEST_CASE("unreadable clusters are counted as long as they are", "[verifier]") {
   Verifier next(std::move(settings), bench.budget);
   CHECK(next.check(bench.image) == Outcome::damaged);
   CHECK(bench[Count::unreadable_clusters] == 1);
-  {
-    Verifier::Change change(&next, bench.image, {l2_at + 32, l2_at + 40});
-    bench.image.store(l2_at + 32, number(0));
-    change.wrote(number(0));
-  }
+  client_writes(next, bench.image, l2_at + 32, number(0));
   CHECK(next.check(bench.image) == Outcome::clean);
   CHECK(bench[Count::unreadable_clusters] == 0);
   CHECK(bench[Count::unreadable_alarms] == 3);
@@ -541,7 +551,6 @@ TEST_CASE("unreadable clusters are counted as long as they are", "[verifier]") {
 
 TEST_CASE("a header that nobody can open does not pass in silence", "[verifier]") {
   Bench bench;
-  bench.create();
   const bool zstd_alone = GENERATE(true, false);
   if (zstd_alone)
     bench.write(104, std::vector{std::byte{1}}); // without its feature bit
@@ -569,11 +578,9 @@ TEST_CASE("a header that nobody can open does not pass in silence", "[verifier]"
 TEST_CASE("many scattered changes are noted about where they are", "[verifier]") {
   Bench bench;
   bench.image.bytes.resize(2 * image_size);
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
   const std::uint64_t far = 2 * image_size - 2 * cluster;
-  bench.write(far, stream);
-  bench.publish(3, entry_of(far, stream.size()));
+  bench.write(far, good_stream);
+  bench.publish(3, entry_of(far, good_stream.size()));
   CHECK(bench.check() == Outcome::clean);
   const auto scatter = [&] {
     for (std::uint64_t i = 0; i < 9000; ++i)
@@ -589,10 +596,8 @@ TEST_CASE("many scattered changes are noted about where they are", "[verifier]")
 
 TEST_CASE("all entries are checked on demand, also those that were there before", "[verifier]") {
   Bench made;
-  made.create();
-  const auto stream = deflated(compressible(cluster, 1));
-  made.image.store(data_at, stream);
-  made.publish(3, entry_of(data_at, stream.size()));
+  made.image.store(data_at, good_stream);
+  made.publish(3, good_entry);
   const bool damaged = GENERATE(true, false);
   if (damaged)
     made.publish(4, bad_entry + cluster);
@@ -613,17 +618,14 @@ TEST_CASE("all entries are checked on demand, also those that were there before"
 
 TEST_CASE("a cluster whose last sector reaches past the end of the file is good", "[verifier]") {
   Bench bench;
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
   bench.image.bytes.resize(image_size - 100);
-  bench.write(bench.image.size() - stream.size(), stream);
-  bench.publish(0, entry_of(bench.image.size() - stream.size(), stream.size()));
+  bench.write(bench.image.size() - good_stream.size(), good_stream);
+  bench.publish(0, entry_of(bench.image.size() - good_stream.size(), good_stream.size()));
   CHECK(bench.check() == Outcome::clean);
 }
 
 TEST_CASE("a raw copy is read at its end, and good", "[verifier]") {
   Bench bench;
-  bench.create();
   std::uint64_t at = data_at;
   for (std::uint32_t i = 0; i < 100; ++i) {
     const auto stream = deflated(compressible(cluster, i));
@@ -631,7 +633,7 @@ TEST_CASE("a raw copy is read at its end, and good", "[verifier]") {
     bench.image.store(l2_at + i * 8, number(entry_of(at, stream.size())));
     at += stream.size();
   }
-  Bench copy;
+  EmptyBench copy;
   const bool front_to_back = GENERATE(true, false);
   for (std::uint64_t i = 0; i < image_size; i += 32 * cluster) {
     const std::uint64_t from = front_to_back ? i : image_size - i - 32 * cluster;
@@ -649,21 +651,16 @@ TEST_CASE("a raw copy is read at its end, and good", "[verifier]") {
 
 TEST_CASE("damage that the image had before is nobody's news", "[verifier]") {
   Bench first;
-  first.create();
   first.publish(0, entry_of(data_at, 1000));
-  Bench bench;
+  EmptyBench bench;
   bench.image.bytes = first.image.bytes;
   bench.write(data_at + 8 * cluster, pattern(100, 1));
   CHECK(bench.check() == Outcome::clean);
-  const auto stream = deflated(compressible(cluster, 1));
-  bench.write(data_at + cluster, stream);
-  bench.publish(1, entry_of(data_at + cluster, stream.size()));
+  bench.write(data_at + cluster, good_stream);
+  bench.publish(1, entry_of(data_at + cluster, good_stream.size()));
   CHECK(bench.check() == Outcome::clean);
   // Copied elsewhere, as a write after a snapshot does.
-  const std::vector<std::byte> table(bench.image.bytes.begin() + static_cast<std::ptrdiff_t>(l2_at),
-                                     bench.image.bytes.begin() +
-                                         static_cast<std::ptrdiff_t>(l2_at + cluster));
-  bench.write(5 * cluster, table);
+  bench.write(5 * cluster, std::span(bench.image.bytes).subspan(l2_at, cluster));
   bench.write(l1_at, number(5 * cluster));
   CHECK(bench.check() == Outcome::clean);
   CHECK(bench.reported.empty());
@@ -672,9 +669,8 @@ TEST_CASE("damage that the image had before is nobody's news", "[verifier]") {
 TEST_CASE("an L1 table that a client has read is not read once more", "[verifier]") {
   // Made by an earlier connection, with damage that is nobody's news.
   Bench made;
-  made.create();
   made.publish(7, entry_of(data_at, 300));
-  Bench bench;
+  EmptyBench bench;
   bench.image.bytes = made.image.bytes;
   const auto header = [&] { return bench.image.header(); };
   const auto read = [&](std::uint64_t offset, std::size_t size) {
@@ -725,7 +721,6 @@ TEST_CASE("an L1 table that a client has read is not read once more", "[verifier
 
 TEST_CASE("many failures make a few lines and a count", "[verifier]") {
   Bench bench;
-  bench.create();
   for (std::uint32_t i = 0; i < 30; ++i)
     bench.publish(i, entry_of(data_at + i * cluster, 1000));
   CHECK(bench.check() == Outcome::damaged);
@@ -735,28 +730,11 @@ TEST_CASE("many failures make a few lines and a count", "[verifier]") {
   CHECK(bench[Count::unreadable_clusters] == 30);
 }
 
-TEST_CASE("an image that cannot be read fails the check, and the next one does the rest",
-          "[verifier]") {
-  Bench bench;
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
-  bench.write(0, std::vector(bench.image.bytes.begin(), bench.image.bytes.begin() + 512));
-  bench.write(l1_at + 1, std::vector<std::byte>(3));
-  bench.image.store(data_at, stream);
-  bench.publish(0, entry_of(data_at, stream.size()));
-  bench.image.refuses = true;
-  CHECK_THROWS_AS(bench.check(), std::system_error);
-  bench.image.refuses = false;
-  CHECK(bench.check() == Outcome::clean);
-}
-
 TEST_CASE("clusters that cannot be read now are no damage when they can", "[verifier]") {
   Bench bench;
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
   for (std::uint32_t i = 0; i < 3; ++i) {
-    bench.image.store(data_at + i * cluster, stream);
-    bench.publish(i, entry_of(data_at + i * cluster, stream.size()));
+    bench.image.store(data_at + i * cluster, good_stream);
+    bench.publish(i, entry_of(data_at + i * cluster, good_stream.size()));
   }
   bench.image.refuses = true;
   CHECK_THROWS_AS(bench.check(), std::system_error);
@@ -770,11 +748,9 @@ TEST_CASE("clusters that cannot be read now are no damage when they can", "[veri
 
 TEST_CASE("clusters that cannot be read hide no damage elsewhere", "[verifier]") {
   Bench bench;
-  bench.create();
   const std::uint64_t far = data_at + 200 * cluster;
-  const auto stream = deflated(compressible(cluster, 1));
-  bench.image.store(data_at, stream);
-  bench.publish(0, entry_of(data_at, stream.size()));
+  bench.image.store(data_at, good_stream);
+  bench.publish(0, good_entry);
   bench.publish(1, entry_of(far, 1000));
   bench.image.unreadable = {data_at, data_at + cluster};
   for (unsigned i = 0; i < 2; ++i) {
@@ -795,16 +771,13 @@ TEST_CASE("clusters that cannot be read hide no damage elsewhere", "[verifier]")
 
 TEST_CASE("a table that is dropped while somebody changes it is not taken for old", "[verifier]") {
   Bench made;
-  made.create();
-  Bench bench;
+  EmptyBench bench;
   bench.image.bytes = made.image.bytes;
   const std::uint64_t entry = entry_of(data_at, 1000);
   {
     Verifier::Change change(&bench.verifier, bench.image, {l2_at, l2_at + 8});
     bench.image.store(l2_at, number(entry));
-    bench.budget.set_limit(0);
-    bench.verifier.shrink();
-    bench.budget.set_limit(64U << 20U);
+    bench.drop_tables();
     bench.publish(1, 0);
     change.wrote(number(entry));
   }
@@ -814,8 +787,7 @@ TEST_CASE("a table that is dropped while somebody changes it is not taken for ol
 
 TEST_CASE("a replaced table that is being changed is not taken for old", "[verifier]") {
   Bench first;
-  first.create();
-  Bench bench;
+  EmptyBench bench;
   bench.image.bytes = first.image.bytes;
   const std::uint64_t old_at = l2_at;
   const std::uint64_t new_at = l2_at + cluster;
@@ -898,8 +870,6 @@ TEST_CASE("a table that changes while its old content is read is not taken for o
 }
 
 TEST_CASE("an L1 table that others change while it is first read is read once more", "[verifier]") {
-  Bench made;
-  made.create();
   Opened bench;
   Verifier verifier(after(bench.verifier), bench.budget);
   bench.image.meeting.at = {l1_at, l1_at + 8};
@@ -907,15 +877,10 @@ TEST_CASE("an L1 table that others change while it is first read is read once mo
     bench.image.store(l1_at, number(other_at));
     verifier.forget({l1_at, l1_at + 8});
   };
-  const auto write = [&](std::uint64_t offset, const std::vector<std::byte>& data) {
-    Verifier::Change change(&verifier, bench.image, {offset, offset + data.size()});
-    bench.image.store(offset, data);
-    change.wrote(data);
-  };
-  write(image_size - 10, pattern(10, 1));
+  client_writes(verifier, bench.image, image_size - 10, pattern(10, 1));
   CHECK(bench.image.meeting.at.empty());
   CHECK(verifier.check(bench.image) == Outcome::clean);
-  write(other_at, number(bad_entry));
+  client_writes(verifier, bench.image, other_at, number(bad_entry));
   CHECK(verifier.check(bench.image) == Outcome::damaged);
 }
 
@@ -944,7 +909,6 @@ TEST_CASE("where others write during a write nobody knows what is there", "[veri
 
 TEST_CASE("a change that could not be noted may be anywhere, until it ends", "[verifier]") {
   Opened bench;
-  const auto stream = deflated(compressible(cluster, 1));
   SECTION("in a table that another one zeroes") {
     const std::uint64_t behind = l2_at + cluster;
     bench.add_table(behind);
@@ -961,19 +925,20 @@ TEST_CASE("a change that could not be noted may be anywhere, until it ends", "[v
   SECTION("in a stream that another one writes") {
     bench.add_table(data_at + cluster);
     {
-      Verifier::Change writing(&bench.verifier, bench.image, {data_at, data_at + stream.size()});
-      bench.image.store(data_at, stream);
+      Verifier::Change writing(&bench.verifier, bench.image,
+                               {data_at, data_at + good_stream.size()});
+      bench.image.store(data_at, good_stream);
       {
         bench.fail_to_note(data_at + cluster);
         const Verifier::Change change(&bench.verifier, bench.image,
                                       {data_at, data_at + cluster + 8});
         CHECK(bench.image.meeting.at.empty());
-        bench.image.store(data_at, std::vector<std::byte>(stream.size(), std::byte{0xff}));
+        bench.image.store(data_at, std::vector<std::byte>(good_stream.size(), std::byte{0xff}));
       }
       CHECK(bench.check() == Outcome::clean);
-      writing.wrote(stream);
+      writing.wrote(good_stream);
     }
-    bench.publish(0, entry_of(data_at, stream.size()));
+    bench.publish(0, good_entry);
   }
   SECTION("in a table that loses its place meanwhile") {
     bench.fail_to_note(l2_at);
@@ -1000,7 +965,6 @@ TEST_CASE("a header that there was no memory to read is read by the next check",
 
 TEST_CASE("tables that are lost while failures are taken over are looked at", "[verifier]") {
   Bench made;
-  made.create();
   const auto entries = GENERATE(range(1000U, 1019U)); // in one of these the memory ends
   const std::uint64_t large_l1 = 16 * cluster;
   made.image.store(36, number(entries, 4));
@@ -1026,20 +990,14 @@ TEST_CASE("streams may be decoded by others, or by the check itself", "[verifier
   settings.report = [](const std::string& /*line*/) {};
   settings.wake = [&](std::size_t waiting) { woken = std::max(woken, waiting); };
   Verifier verifier(settings, budget);
-  const auto write = [&](std::uint64_t offset, std::span<const std::byte> data) {
-    Verifier::Change change(&verifier, image, {offset, offset + data.size()});
-    image.store(offset, data);
-    change.wrote(data);
-  };
   Bench source;
-  source.create();
-  write(0, source.image.bytes);
+  client_writes(verifier, image, 0, source.image.bytes);
   CHECK(verifier.check(image) == Outcome::clean);
   std::uint64_t at = data_at;
   for (std::uint32_t i = 0; i < 200; ++i) {
     const auto stream = deflated(compressible(cluster, i));
-    write(at, stream);
-    write(l2_at + i * 8, number(entry_of(at, stream.size())));
+    client_writes(verifier, image, at, stream);
+    client_writes(verifier, image, l2_at + i * 8, number(entry_of(at, stream.size())));
     at += stream.size();
   }
   CHECK(woken > 1);
@@ -1047,7 +1005,7 @@ TEST_CASE("streams may be decoded by others, or by the check itself", "[verifier
   CHECK(verifier.decode_one());
   CHECK(verifier.waiting() == woken - 1);
   // Written to while it waits: what it was counts no more.
-  write(at - 50, std::vector<std::byte>(50, std::byte{0xff}));
+  client_writes(verifier, image, at - 50, std::vector<std::byte>(50, std::byte{0xff}));
   image.reads = 0;
   CHECK(verifier.check(image) == Outcome::damaged);
   CHECK(verifier.failing() == 1);
@@ -1057,56 +1015,38 @@ TEST_CASE("streams may be decoded by others, or by the check itself", "[verifier
 
 TEST_CASE("a check waits for data that is late", "[verifier]") {
   Bench bench(std::chrono::seconds(20));
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
-  bench.publish(0, entry_of(data_at, stream.size()));
+  bench.publish(0, good_entry);
   auto checking = std::async(std::launch::async, [&] { return bench.check(); });
   while (bench.image.reads == 0)
     std::this_thread::yield();
-  bench.write(data_at, stream);
+  bench.write(data_at, good_stream);
   CHECK(checking.get() == Outcome::clean);
   CHECK(bench.reported.empty());
 }
 
 TEST_CASE("a check waits for a write in progress, however long", "[verifier]") {
   Bench bench(std::chrono::milliseconds(1));
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
   std::atomic<bool> clean = false;
-  Verifier::Change change(&bench.verifier, bench.image, {data_at, data_at + stream.size()});
-  bench.publish(0, entry_of(data_at, stream.size()));
+  Verifier::Change change(&bench.verifier, bench.image, {data_at, data_at + good_stream.size()});
+  bench.publish(0, good_entry);
   WatchedThread checking([&] { clean = bench.check() == Outcome::clean; });
   CHECK(checking.waits());
-  bench.image.store(data_at, stream);
-  change.wrote(stream);
+  bench.image.store(data_at, good_stream);
+  change.wrote(good_stream);
   CHECK(checking.ends());
   CHECK(clean);
 }
 
-TEST_CASE("patience ends, and what came too late is good in the next check", "[verifier]") {
-  Bench bench(std::chrono::milliseconds(50));
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
-  bench.publish(0, entry_of(data_at, stream.size()));
-  CHECK(bench.check() == Outcome::damaged);
-  CHECK(bench.check() == Outcome::damaged);
-  bench.write(data_at, stream);
-  CHECK(bench.check() == Outcome::clean);
-  CHECK(bench.reported.size() == 1);
-}
-
 TEST_CASE("a stream that many entries name is decoded once", "[verifier]") {
   // With no memory one table is looked at after the other.
-  Bench bench({}, GENERATE(std::size_t{64} << 20U, std::size_t{0}));
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
+  Bench bench({}, GENERATE(plenty, std::size_t{0}));
   const bool is_good = GENERATE(true, false);
   if (is_good)
-    bench.image.store(data_at, stream);
+    bench.image.store(data_at, good_stream);
   std::vector<std::byte> table;
   for (std::uint64_t i = 0; i < 512; ++i) {
     // Where it is good it is, too, with more sectors in the entry.
-    const auto entry = number(entry_of(data_at, stream.size() + (is_good ? i % 3 * 512 : 0)));
+    const auto entry = number(entry_of(data_at, good_stream.size() + (is_good ? i % 3 * 512 : 0)));
     table.insert(table.end(), entry.begin(), entry.end());
   }
   bench.write(l2_at, table);
@@ -1124,7 +1064,7 @@ TEST_CASE("a stream that many entries name is decoded once", "[verifier]") {
   CHECK(bench.decodings() == 2);
   CHECK(bench.verifier.failing() == (is_good ? 0 : 3 * 512));
   if (!is_good) {
-    bench.write(data_at, stream);
+    bench.write(data_at, good_stream);
     CHECK(bench.check() == Outcome::clean);
     CHECK(bench.decodings() <= 4); // when it arrived, and, with no memory for that, once more
     CHECK(bench.verifier.failing() == 0);
@@ -1133,17 +1073,15 @@ TEST_CASE("a stream that many entries name is decoded once", "[verifier]") {
 
 TEST_CASE("a stream that changes while it is checked is no longer the one it was", "[verifier]") {
   Bench bench({}, 0); // so that tables are looked at one after the other
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
   const std::uint64_t far = data_at + 500 * cluster; // read by itself
-  bench.image.store(data_at, stream);
-  bench.image.store(far, stream);
-  bench.publish(0, entry_of(data_at, stream.size()));
-  bench.publish(1, entry_of(far, stream.size()));
-  bench.write(other_at, number(entry_of(data_at, stream.size())));
+  bench.image.store(data_at, good_stream);
+  bench.image.store(far, good_stream);
+  bench.publish(0, good_entry);
+  bench.publish(1, entry_of(far, good_stream.size()));
+  bench.write(other_at, number(good_entry));
   bench.write(l1_at + 8, number(other_at));
   bench.image.meeting = {{far, far + 1}, {}, [&] {
-                           bench.write(data_at, std::vector(stream.size(), std::byte{0xff}));
+                           bench.write(data_at, std::vector(good_stream.size(), std::byte{0xff}));
                          }};
   CHECK(bench.check() == Outcome::damaged);
   CHECK(bench.verifier.failing() == 1);
@@ -1153,13 +1091,11 @@ TEST_CASE("a stream that changes while it is checked is no longer the one it was
 
 TEST_CASE("a table that changes while it is checked is no longer the one it was", "[verifier]") {
   Bench bench({}, 0);
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
   const std::uint64_t far = data_at + 500 * cluster;
-  bench.image.store(data_at, stream);
-  bench.image.store(far, stream);
-  bench.publish(0, entry_of(data_at, stream.size()));
-  bench.write(other_at, number(entry_of(far, stream.size())));
+  bench.image.store(data_at, good_stream);
+  bench.image.store(far, good_stream);
+  bench.publish(0, good_entry);
+  bench.write(other_at, number(entry_of(far, good_stream.size())));
   bench.write(l1_at + 8, number(other_at));
   bench.write(l1_at + 16, number(l2_at)); // once more
   bench.image.meeting = {{far, far + 1}, {}, [&] { bench.publish(7, bad_entry); }};
@@ -1170,20 +1106,11 @@ TEST_CASE("a table that changes while it is checked is no longer the one it was"
 }
 
 TEST_CASE("a table that many entries name is looked at once", "[verifier]") {
-  const std::size_t memory = GENERATE(std::size_t{64} << 20U, std::size_t{0});
+  const std::size_t memory = GENERATE(plenty, std::size_t{0});
   Bench bench({}, memory);
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
-  bench.image.store(data_at, stream);
-  const auto all_name = [&](std::uint64_t table) {
-    std::vector<std::byte> l1;
-    for (unsigned i = 0; i < 8; ++i) {
-      const auto entry = number(table);
-      l1.insert(l1.end(), entry.begin(), entry.end());
-    }
-    bench.write(l1_at, l1);
-  };
-  bench.image.store(other_at, number(entry_of(data_at, stream.size())));
+  bench.image.store(data_at, good_stream);
+  const auto all_name = [&](std::uint64_t table) { bench.write(l1_at, numbers(table, 8)); };
+  bench.image.store(other_at, number(good_entry));
   all_name(other_at);
   bench.image.reads = 0;
   CHECK(bench.check() == Outcome::clean);
@@ -1193,7 +1120,7 @@ TEST_CASE("a table that many entries name is looked at once", "[verifier]") {
 
   // Bad ones are found in all their places.
   bench.image.store(other_at + cluster, number(entry_of(data_at + 5 * cluster, 300)));
-  bench.image.store(other_at + cluster + 8, number(entry_of(data_at, stream.size())));
+  bench.image.store(other_at + cluster + 8, number(good_entry));
   all_name(0);
   CHECK(bench.check() == Outcome::clean);
   all_name(other_at + cluster);
@@ -1210,9 +1137,9 @@ TEST_CASE("a table that many entries name is looked at once", "[verifier]") {
   CHECK(bench.check() == Outcome::damaged);
   CHECK(bench.verifier.failing() == 7);
   bench.write(data_at + 5 * cluster, pattern(100, 1));
-  bench.image.store(data_at + 5 * cluster, stream);
+  bench.image.store(data_at + 5 * cluster, good_stream);
   bench.verifier.forget({data_at + 5 * cluster, data_at + 6 * cluster});
-  bench.write(other_at + cluster, number(entry_of(data_at + 5 * cluster, stream.size())));
+  bench.write(other_at + cluster, number(entry_of(data_at + 5 * cluster, good_stream.size())));
   CHECK(bench.check() == Outcome::clean);
   CHECK(bench.verifier.failing() == 0);
 }
@@ -1220,19 +1147,13 @@ TEST_CASE("a table that many entries name is looked at once", "[verifier]") {
 TEST_CASE("more failures than can be remembered are counted in twins of a table, too",
           "[verifier]") {
   Bench bench;
-  bench.create();
   std::vector<std::byte> table;
   for (std::uint64_t i = 0; i < 300; ++i) {
     const auto entry = number(entry_of(data_at + i, 300));
     table.insert(table.end(), entry.begin(), entry.end());
   }
   bench.image.store(other_at, table);
-  std::vector<std::byte> l1;
-  for (unsigned i = 0; i < 8; ++i) {
-    const auto entry = number(other_at);
-    l1.insert(l1.end(), entry.begin(), entry.end());
-  }
-  bench.write(l1_at, l1);
+  bench.write(l1_at, numbers(other_at, 8));
   for (unsigned round = 0; round < 2; ++round) {
     CHECK(bench.check() == Outcome::damaged);
     CHECK(bench.verifier.failing() == 8 * 300);
@@ -1244,9 +1165,8 @@ TEST_CASE("more failures than can be remembered are counted in twins of a table,
 }
 
 TEST_CASE("a check ends when nobody needs it, and the next one does what is left", "[verifier]") {
-  const std::size_t memory = GENERATE(std::size_t{64} << 20U, std::size_t{0});
+  const std::size_t memory = GENERATE(plenty, std::size_t{0});
   Bench bench({}, memory);
-  bench.create();
   constexpr std::uint32_t many = 6;
   const std::uint64_t apart = 100 * cluster;
   for (std::uint32_t i = 0; i < many; ++i) {
@@ -1283,17 +1203,12 @@ TEST_CASE("streams that wait to be decoded do not hold up the end", "[verifier]"
   Bench bench;
   Verifier::Settings settings = bench.settings({});
   settings.wake = [](std::size_t /*waiting*/) {};
-  bench.create();
   Verifier verifier(settings, bench.budget);
-  const auto write = [&](std::uint64_t offset, std::span<const std::byte> data) {
-    Verifier::Change change(&verifier, bench.image, {offset, offset + data.size()});
-    bench.image.store(offset, data);
-    change.wrote(data);
-  };
   for (std::uint32_t i = 0; i < 30; ++i) {
     const auto stream = deflated(compressible(cluster, i));
-    write(data_at + i * cluster, stream);
-    write(l2_at + i * 8, number(entry_of(data_at + i * cluster, stream.size())));
+    client_writes(verifier, bench.image, data_at + i * cluster, stream);
+    client_writes(verifier, bench.image, l2_at + i * 8,
+                  number(entry_of(data_at + i * cluster, stream.size())));
   }
   CHECK(verifier.waiting() == 30);
   // Somebody else is decoding something slow, until the check waits for him.
@@ -1322,8 +1237,6 @@ TEST_CASE("streams that wait to be decoded do not hold up the end", "[verifier]"
 
 TEST_CASE("a check that waits ends when nobody needs it", "[verifier]") {
   Bench bench(std::chrono::seconds(60));
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
   std::atomic<unsigned> interrupted = 0;
   const auto check = [&] {
     try {
@@ -1333,7 +1246,7 @@ TEST_CASE("a check that waits ends when nobody needs it", "[verifier]") {
     }
   };
   SECTION("for late data, and another one for its turn") {
-    bench.publish(0, entry_of(data_at, stream.size()));
+    bench.publish(0, good_entry);
     WatchedThread first(check);
     CHECK(first.waits());
     WatchedThread second(check);
@@ -1344,7 +1257,7 @@ TEST_CASE("a check that waits ends when nobody needs it", "[verifier]") {
     CHECK(interrupted == 2);
   }
   SECTION("for a write in progress") {
-    bench.publish(0, entry_of(data_at, stream.size()));
+    bench.publish(0, good_entry);
     const Verifier::Change change(&bench.verifier, bench.image, {data_at, data_at + 10});
     WatchedThread first(check);
     CHECK(first.waits());
@@ -1356,7 +1269,6 @@ TEST_CASE("a check that waits ends when nobody needs it", "[verifier]") {
 
 TEST_CASE("others who go on writing delay a check no longer than its patience", "[verifier]") {
   Bench bench(std::chrono::milliseconds(100));
-  bench.create();
   bench.publish(0, bad_entry);
   std::optional<Outcome> outcome;
   // One of their writes is always in progress.
@@ -1388,16 +1300,14 @@ TEST_CASE("others who go on writing delay a check no longer than its patience", 
 
 TEST_CASE("a write does not wait for those who decode", "[verifier]") {
   Bench bench;
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
   DecompressorPool::Account account;
   auto loan = std::make_unique<DecompressorPool::Loan>(bench.decompressors->borrow(account));
   {
-    WatchedThread writing([&] { bench.write(data_at, stream); });
+    WatchedThread writing([&] { bench.write(data_at, good_stream); });
     CHECK(writing.ends());
     loan.reset();
   }
-  bench.publish(0, entry_of(data_at, stream.size()));
+  bench.publish(0, good_entry);
   CHECK(bench.check() == Outcome::clean);
   CHECK(bench.decodings() == 1);
 }
@@ -1406,7 +1316,6 @@ TEST_CASE("verifiers that share their memory have no more of it together", "[ver
   Bench bench({}, 4U << 20U);
   const auto memory = Verifier::usual_memory();
   std::vector<std::unique_ptr<Verifier>> verifiers;
-  bench.create();
   const std::size_t before = bench.budget.used();
   for (unsigned i = 0; i < 5; ++i) {
     Verifier::Settings settings = bench.settings({});
@@ -1430,7 +1339,6 @@ TEST_CASE("verifiers that share their memory have no more of it together", "[ver
 TEST_CASE("with little memory or none checks are as strict, and as free of alarms", "[verifier]") {
   const std::size_t memory = GENERATE(std::size_t{0}, std::size_t{40000}, std::size_t{200000});
   Bench bench({}, memory);
-  bench.create();
   std::uint64_t at = data_at;
   for (std::uint32_t i = 0; i < 60; ++i) {
     const auto stream = deflated(compressible(cluster, i));
@@ -1449,30 +1357,10 @@ TEST_CASE("with little memory or none checks are as strict, and as free of alarm
   CHECK(bench.check() == Outcome::clean);
 }
 
-TEST_CASE("a failed change leaves nothing to chance", "[verifier]") {
-  Bench bench;
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
-  bench.write(data_at, stream);
-  bench.publish(0, entry_of(data_at, stream.size()));
-  {
-    const Verifier::Change failing(&bench.verifier, bench.image, {data_at + 10, data_at + 20});
-    bench.image.store(data_at + 10, std::vector<std::byte>(10, std::byte{0xff}));
-  }
-  CHECK(bench.check() == Outcome::damaged);
-  {
-    const Verifier::Change failing(&bench.verifier, bench.image, {l2_at, l2_at + 8});
-    bench.image.store(l2_at, number(0));
-  }
-  CHECK(bench.check() == Outcome::clean);
-}
-
 TEST_CASE("what an earlier verifier left failing is checked as long as it is there", "[verifier]") {
   Bench bench;
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
-  bench.publish(3, entry_of(data_at, stream.size()));
-  bench.publish(4, entry_of(data_at + 5 * cluster, stream.size()));
+  bench.publish(3, good_entry);
+  bench.publish(4, entry_of(data_at + 5 * cluster, good_stream.size()));
   CHECK(bench.check() == Outcome::damaged);
   std::vector<std::string> reported;
   Verifier::Settings settings = after(bench.verifier);
@@ -1486,9 +1374,7 @@ TEST_CASE("what an earlier verifier left failing is checked as long as it is the
   CHECK(next.check(bench.image) == Outcome::damaged);
   CHECK(next.failing() == 1);
   CHECK(reported.size() == 1);
-  Verifier::Change change(&next, bench.image, {data_at, data_at + stream.size()});
-  bench.image.store(data_at, stream);
-  change.wrote(stream);
+  client_writes(next, bench.image, data_at, good_stream);
   CHECK(next.check(bench.image) == Outcome::clean);
 
   bench.image.store(0, std::vector<std::byte>(512)); // another file
@@ -1498,7 +1384,6 @@ TEST_CASE("what an earlier verifier left failing is checked as long as it is the
 
 TEST_CASE("a verifier that was never used leaves what it was left", "[verifier]") {
   Bench bench;
-  bench.create();
   bench.publish(3, entry_of(data_at, 1000));
   CHECK(bench.check() == Outcome::damaged);
   Verifier::Settings settings = after(bench.verifier);
@@ -1512,7 +1397,6 @@ TEST_CASE("a verifier that was never used leaves what it was left", "[verifier]"
 
 TEST_CASE("more failures than anybody can remember are left, too", "[verifier]") {
   Bench bench;
-  bench.create();
   constexpr std::uint32_t many = 300;
   for (std::uint32_t i = 0; i < many; ++i)
     bench.publish(i, entry_of(data_at + i * cluster, 1000));
@@ -1525,63 +1409,44 @@ TEST_CASE("more failures than anybody can remember are left, too", "[verifier]")
   CHECK(settings.left.more);
 
   // All that it can remember one by one is repaired: the rest is still there.
-  const auto stream = deflated(compressible(cluster, 1));
   for (std::uint32_t i = 0; i < 256; ++i)
-    bench.image.store(data_at + i * cluster, stream);
-  const std::uint64_t fits = entry_of(data_at, stream.size());
+    bench.image.store(data_at + i * cluster, good_stream);
   for (std::uint32_t i = 0; i < 256; ++i)
-    bench.image.store(l2_at + i * 8, number(fits + i * cluster));
+    bench.image.store(l2_at + i * 8, number(good_entry + i * cluster));
   Verifier next(settings, bench.budget);
-  if (GENERATE(true, false)) {
-    Verifier::Change change(&next, bench.image, {l2_at + 8, l2_at + 16});
-    bench.image.store(l2_at + 8, number(0));
-    change.wrote(number(0));
-  }
+  if (GENERATE(true, false))
+    client_writes(next, bench.image, l2_at + 8, number(0));
   CHECK(next.check(bench.image) == Outcome::damaged);
   CHECK(next.failing() == many - 256);
   CHECK_FALSE(next.left().more);
-  for (std::uint32_t i = 256; i < many; ++i) {
-    Verifier::Change change(&next, bench.image, {l2_at + i * 8, l2_at + i * 8 + 8});
-    bench.image.store(l2_at + i * 8, number(0));
-    change.wrote(number(0));
-  }
+  for (std::uint32_t i = 256; i < many; ++i)
+    client_writes(next, bench.image, l2_at + i * 8, number(0));
   CHECK(next.check(bench.image) == Outcome::clean);
   CHECK(next.left().empty());
 }
 
-TEST_CASE("what a check could not look at is left", "[verifier]") {
+TEST_CASE("what a check could not look at is left, as is what it found", "[verifier]") {
   Bench bench;
-  bench.create();
-  bench.publish(3, entry_of(data_at, 1000));
-  bench.write(0, std::vector(bench.image.bytes.begin(), bench.image.bytes.begin() + 512));
-  bench.write(l1_at + 1, std::vector<std::byte>(3));
+  bench.publish(3, bad_entry);
+  const bool found = GENERATE(true, false);
+  if (found) {
+    CHECK(bench.check() == Outcome::damaged);
+  } else {
+    bench.write(0, std::vector(bench.image.bytes.begin(), bench.image.bytes.begin() + 512));
+    bench.write(l1_at + 1, std::vector<std::byte>(3));
+  }
   bench.image.refuses = true;
-  CHECK_THROWS_AS(bench.check(), std::system_error);
-  Verifier::Settings settings = after(bench.verifier);
-  CHECK_FALSE(settings.left.empty());
-  Verifier next(settings, bench.budget);
+  if (!found)
+    CHECK_THROWS_AS(bench.check(), std::system_error);
+  CHECK_FALSE(bench.verifier.left().empty());
+  Verifier next(after(bench.verifier), bench.budget);
   SECTION("and stays, when the next verifier cannot look, either") {
-    Verifier::Change change(&next, bench.image, {image_size - 10, image_size});
-    change.wrote(pattern(10, 1));
+    client_writes(next, bench.image, image_size - 10, pattern(10, 1));
   }
   SECTION("and is looked at as soon as that is possible") {}
   bench.image.refuses = false;
-  CHECK(next.check(bench.image) == Outcome::damaged);
-}
-
-TEST_CASE("failures that were left are not lost when their tables cannot be read", "[verifier]") {
-  Bench bench;
-  bench.create();
-  bench.publish(3, entry_of(data_at, 1000));
+  bench.verifier.ends(&bench.image); // who begins with the header may be uploading
   CHECK(bench.check() == Outcome::damaged);
-  Verifier::Settings settings = after(bench.verifier);
-  Verifier next(settings, bench.budget);
-  bench.image.refuses = true;
-  {
-    Verifier::Change change(&next, bench.image, {image_size - 10, image_size});
-    change.wrote(pattern(10, 1));
-  }
-  bench.image.refuses = false;
   CHECK(next.check(bench.image) == Outcome::damaged);
 }
 
@@ -1589,12 +1454,11 @@ TEST_CASE("a write over several tables ends, however little memory there is", "[
   const std::size_t memory =
       GENERATE(range(std::size_t{0}, std::size_t{1000000}, std::size_t{25000}));
   Bench first;
-  first.create();
   for (std::uint64_t table = 0; table < 4; ++table) {
     first.write(l1_at + table * 8, number(l2_at + table * cluster));
     first.image.store(l2_at + table * cluster, number(entry_of(data_at, 1000)));
   }
-  Bench bench({}, memory);
+  EmptyBench bench({}, memory);
   bench.image.bytes = first.image.bytes;
   bench.zero({l2_at, l2_at + 4 * cluster});
   CHECK(bench.check() == Outcome::clean);
@@ -1604,7 +1468,6 @@ TEST_CASE("a write over several tables ends, however little memory there is", "[
 
 TEST_CASE("what the tables of an image with unknown features mean is not guessed", "[verifier]") {
   Bench bench;
-  bench.create();
   bench.write(72, number(std::uint64_t{1} << 5U));
   bench.publish(3, entry_of(data_at, 1000));
   CHECK(bench.check() == Outcome::clean);
@@ -1614,30 +1477,28 @@ TEST_CASE("what the tables of an image with unknown features mean is not guessed
 
 TEST_CASE("where writes overlap nobody knows what is there", "[verifier]") {
   Bench bench;
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
-  bench.publish(0, entry_of(data_at, stream.size()));
+  bench.publish(0, good_entry);
   const std::vector<std::byte> other(100, std::byte{0xff});
   {
-    Verifier::Change first(&bench.verifier, bench.image, {data_at, data_at + stream.size()});
+    Verifier::Change first(&bench.verifier, bench.image, {data_at, data_at + good_stream.size()});
     Verifier::Change second(&bench.verifier, bench.image, {data_at + 50, data_at + 150});
-    bench.image.store(data_at, stream);
+    bench.image.store(data_at, good_stream);
     bench.image.store(data_at + 50, other);
     if (GENERATE(true, false)) {
-      first.wrote(stream);
+      first.wrote(good_stream);
       second.wrote(other);
     } else {
       second.wrote(other);
-      first.wrote(stream);
+      first.wrote(good_stream);
     }
   }
   CHECK(bench.check() == Outcome::damaged);
-  bench.write(data_at, stream);
+  bench.write(data_at, good_stream);
   CHECK(bench.check() == Outcome::clean);
 
   // The same with a table.
-  const auto before = number(entry_of(data_at, stream.size()));
-  const auto after = number(entry_of(data_at + 64 * cluster, stream.size()));
+  const auto before = number(good_entry);
+  const auto after = number(entry_of(data_at + 64 * cluster, good_stream.size()));
   {
     Verifier::Change first(&bench.verifier, bench.image, {l2_at + 8, l2_at + 16});
     Verifier::Change second(&bench.verifier, bench.image, {l2_at + 8, l2_at + 16});
@@ -1650,29 +1511,19 @@ TEST_CASE("where writes overlap nobody knows what is there", "[verifier]") {
 
 TEST_CASE("streams of an image are none of the next one", "[verifier]") {
   Bench bench;
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
-  bench.write(data_at, stream);
+  bench.write(data_at, good_stream);
   bench.write_header(Compression::zstd);
-  bench.publish(0, entry_of(data_at, stream.size()));
+  bench.publish(0, good_entry);
   CHECK(bench.check() == Outcome::damaged);
 }
 
-TEST_CASE("clusters that a client cannot see are checked for one that can", "[verifier]") {
-  Bench bench;
-  bench.create();
-  bench.image.seen = image_size / 2;
-  bench.publish(0, entry_of(image_size - cluster, 1000));
-  CHECK(bench.check() == Outcome::clean);
-  CHECK_FALSE(bench.verifier.left().empty());
-  bench.image.seen.reset();
-  CHECK(bench.check() == Outcome::damaged);
-}
-
-TEST_CASE("tables that a client cannot see are looked at for one that can", "[verifier]") {
+TEST_CASE("what a client cannot see is checked for one that can", "[verifier]") {
   constexpr std::uint64_t far = image_size - 4 * cluster;
   Opened bench;
   const std::uint64_t all = image_size;
+  SECTION("a cluster") {
+    bench.publish(0, entry_of(far, 1000));
+  }
   SECTION("an L2 table") {
     bench.write(far, number(bad_entry));
     bench.write(l1_at, number(far));
@@ -1683,17 +1534,14 @@ TEST_CASE("tables that a client cannot see are looked at for one that can", "[ve
     bench.write(40, number(far));
   }
   SECTION("all of them, when there is no memory to follow them") {
-    bench.budget.set_limit(0);
-    bench.verifier.shrink();
+    bench.take_memory();
     bench.write(far, number(bad_entry));
     bench.write(l1_at, number(far));
   }
   SECTION("one whose successor it sees") {
     bench.write(l1_at + 8, number(far));
     CHECK(bench.check() == Outcome::clean);
-    bench.budget.set_limit(0);
-    bench.verifier.shrink();
-    bench.budget.set_limit(64U << 20U);
+    bench.drop_tables();
     bench.image.store(far, number(0));
     bench.write(other_at, number(bad_entry));
     bench.write(l1_at + 8, number(other_at));
@@ -1712,7 +1560,6 @@ TEST_CASE("tables that a client cannot see are looked at for one that can", "[ve
 TEST_CASE("tables that the first client cannot see are none that were checked", "[verifier]") {
   constexpr std::uint64_t far = image_size - 4 * cluster;
   Bench made;
-  made.create();
   made.write(far, number(bad_entry));
   const bool l1 = GENERATE(true, false);
   if (l1) { // the L1 table is there
@@ -1732,58 +1579,44 @@ TEST_CASE("tables that the first client cannot see are none that were checked", 
 
 TEST_CASE("no verdict on what the file did not have lasts longer than that", "[verifier]") {
   Opened bench;
-  const auto stream = deflated(compressible(cluster, 1));
   std::uint64_t at = image_size;
   SECTION("its end arrives while its begin is looked at") {
     at -= 512;
-    bench.image.store(at, std::span(stream).first(512));
+    bench.image.store(at, std::span(good_stream).first(512));
     bench.image.meeting.at = {at, image_size};
     bench.image.meeting.after = [&] {
       bench.image.bytes.resize(image_size + 2 * cluster);
-      bench.write(image_size, std::span(stream).subspan(512));
+      bench.write(image_size, std::span(good_stream).subspan(512));
     };
-    bench.publish(0, entry_of(at, stream.size()));
+    bench.publish(0, entry_of(at, good_stream.size()));
     CHECK(bench.check() == Outcome::damaged);
   }
   SECTION("it is in what only a larger client has") {
     bench.image.bytes.resize(image_size + 2 * cluster);
-    bench.write(at, std::span(stream).first(100)); // in two pieces, so that nobody knows it
-    bench.write(at + 100, std::span(stream).subspan(100));
+    bench.write(at, std::span(good_stream).first(100)); // in two pieces, so that nobody knows it
+    bench.write(at + 100, std::span(good_stream).subspan(100));
     bench.image.bytes.resize(image_size);
-    bench.publish(0, entry_of(at, stream.size()));
+    bench.publish(0, entry_of(at, good_stream.size()));
     CHECK(bench.check() == Outcome::damaged);
     bench.image.bytes.resize(image_size + 2 * cluster);
-    bench.image.store(at, stream);
+    bench.image.store(at, good_stream);
   }
-  CHECK(bench.check() == Outcome::clean);
-}
-
-TEST_CASE("a cluster past the end of the file is good when the file has grown", "[verifier]") {
-  Bench bench;
-  bench.create();
-  const auto stream = deflated(compressible(cluster, 1));
-  bench.publish(0, entry_of(image_size, stream.size()));
-  CHECK(bench.check() == Outcome::damaged);
-  bench.image.bytes.resize(image_size + 2 * cluster);
-  bench.write(image_size, stream);
   CHECK(bench.check() == Outcome::clean);
 }
 
 TEST_CASE("when memory is back tables are followed again, and memory is given back", "[verifier]") {
   Bench bench({}, 0);
-  bench.create();
   std::uint64_t at = data_at;
-  const auto stream = deflated(compressible(cluster, 1));
   for (std::uint32_t i = 0; i < 20; ++i, at += cluster) {
-    bench.write(at, stream);
-    bench.publish(i, entry_of(at, stream.size()));
+    bench.write(at, good_stream);
+    bench.publish(i, entry_of(at, good_stream.size()));
   }
   bench.budget.set_limit(64U << 20U);
   CHECK(bench.check() == Outcome::clean);
   // The old entry of a table that is written to is read, and no cluster.
   bench.image.reads = 0;
-  bench.write(at, stream);
-  bench.publish(20, entry_of(at, stream.size()));
+  bench.write(at, good_stream);
+  bench.publish(20, entry_of(at, good_stream.size()));
   CHECK(bench.check() == Outcome::clean);
   CHECK(bench.image.reads == 1);
   CHECK(bench.budget.used() > 0);
