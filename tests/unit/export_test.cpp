@@ -2,6 +2,8 @@
 
 #include "as_text.hpp"
 #include "catch.hpp"
+#include "error_of.hpp"
+#include "gate.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
 #include "scratch_directory.hpp"
@@ -16,25 +18,12 @@
 #include <memory>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
 
-using qcowcache::ByteRange;
-using qcowcache::Capabilities;
-using qcowcache::Count;
-using qcowcache::Export;
-using qcowcache::Exports;
-using qcowcache::Handle;
-using qcowcache::Image;
-using qcowcache::MemoryBudget;
-using qcowcache::Snapshot;
-using qcowcache::Statistics;
-using qcowcache::Totals;
-using qcowcache::UncleanFile;
-using qcowcache::Unsaved;
-using qcowcache::WriteCache;
+using namespace qcowcache;
+using Kind = MemoryStorage::Kind;
 
 namespace {
 
@@ -126,25 +115,17 @@ public:
   }
   /// Storage's answer.
   int flush() {
-    try {
+    return error_of([&] {
       enter(false);
       cache().flush(storage_);
-    } catch (const std::system_error& error) {
-      return error.code().value();
-    }
-    return 0;
+    });
   }
-  void storage_refuses_writes() {
-    storage_.before = [](const MemoryStorage::Call& call) {
-      if (call.kind == MemoryStorage::Kind::write)
-        throw std::system_error(ENOSPC, std::generic_category(), "full");
-    };
-  }
+  void storage_refuses_writes() { storage_.before = MemoryStorage::refusal(Kind::write, ENOSPC); }
 
   /// A unit that waits to be written, this client having written to it last.
   [[nodiscard]] WriteCache::Next waiting(const ByteRange& range, bool was_refused) const {
-    return {static_cast<const qcowcache::Storage*>(&storage_), range,
-            std::min(range.end, cache().size()), was_refused};
+    return {static_cast<const Storage*>(&storage_), range, std::min(range.end, cache().size()),
+            was_refused};
   }
 
   [[nodiscard]] WriteCache& cache() const { return image_->cache(); }
@@ -172,33 +153,10 @@ std::shared_ptr<MemoryDisk> new_disk(std::uint64_t size = disk_size) {
 }
 
 std::string on(const MemoryDisk& disk, std::uint64_t offset, std::size_t size) {
-  std::vector<std::byte> data(size);
-  disk.read(offset, data);
-  return as_text::bytes(data);
+  return as_text::bytes(disk.read(offset, size));
 }
 
 } // namespace
-
-TEST_CASE("connections to multi-conn storage share a cache", "[export]") {
-  Server server;
-  const auto disk = new_disk();
-  Visitor writer(server, "a", shared(), disk);
-  Visitor reader(server, "a", shared(), disk);
-  CHECK(&writer.cache() == &reader.cache());
-  writer.write(100, "hello");
-  CHECK(on(*disk, 100, 5) == "00000");
-  CHECK(reader.read(99, 7) == "0hello0");
-}
-
-TEST_CASE("a flush on one connection stores what another one wrote", "[export]") {
-  Server server;
-  const auto disk = new_disk();
-  Visitor writer(server, "a", shared(), disk);
-  Visitor other(server, "a", shared(), disk);
-  writer.write(100, "hello");
-  CHECK(other.flush() == 0);
-  CHECK(on(*disk, 100, 5) == "hello");
-}
 
 TEST_CASE("exports of different names have nothing in common", "[export]") {
   Server server;
@@ -212,30 +170,6 @@ TEST_CASE("exports of different names have nothing in common", "[export]") {
   CHECK(b.flush() == 0);
   CHECK(a.read(100, 5) == "hello");
   CHECK(on(b.storage().disk(), 100, 5) == "world");
-}
-
-TEST_CASE("a name may be empty", "[export]") {
-  Server server;
-  Visitor client(server, "", shared(), new_disk());
-  client.write(0, "hello");
-  CHECK(client.read(0, 5) == "hello");
-}
-
-TEST_CASE("connections to storage that is not multi-conn each have a disk of their own",
-          "[export]") {
-  Server server;
-  Visitor one(server, "disk", unshared(), new_disk());
-  Visitor two(server, "disk", unshared(), new_disk());
-  CHECK(&one.cache() != &two.cache());
-  CHECK(one.of() == two.of());
-  one.write(100, "hello");
-  two.write(100, "world");
-  CHECK(one.read(100, 5) == "hello");
-  CHECK(two.read(100, 5) == "world");
-  CHECK(one.flush() == 0);
-  CHECK(two.flush() == 0);
-  CHECK(on(one.storage().disk(), 100, 5) == "hello");
-  CHECK(on(two.storage().disk(), 100, 5) == "world");
 }
 
 TEST_CASE("what one connection changes on a common disk, another one does not remember",
@@ -281,10 +215,10 @@ TEST_CASE("a connection remembers what it wrote itself, though others may share 
   const Visitor other(server, "a", capabilities, disk);
   writer.write(100, "hello");
   REQUIRE(writer.flush() == 0);
-  const std::size_t reads = writer.storage().calls(MemoryStorage::Kind::read).size();
+  const std::size_t reads = writer.storage().calls(Kind::read).size();
   writer.write(105, "world");
   REQUIRE(writer.flush() == 0);
-  CHECK(writer.storage().calls(MemoryStorage::Kind::read).size() == reads);
+  CHECK(writer.storage().calls(Kind::read).size() == reads);
   CHECK(on(*disk, 100, 10) == "helloworld");
 }
 
@@ -293,77 +227,20 @@ TEST_CASE("connections that do not share a cache wait for each other's ranges", 
   const auto disk = new_disk();
   Visitor slow(server, "a", unshared(), disk);
   Visitor waiting(server, "a", unshared(), disk);
-  std::latch reached(1);
-  std::latch open(1);
-  slow.storage().before = [&](const MemoryStorage::Call& call) {
-    if (call.kind == MemoryStorage::Kind::write) {
-      reached.count_down();
-      open.wait();
-    }
-  };
+  Gate gate(slow.storage(), Kind::write);
   // Both change the same block of 4096 bytes, which each has to read before.
   WatchedThread first([&] { slow.write(100, "hello", true); });
-  reached.wait();
+  gate.wait_until_reached();
   WatchedThread second([&] { waiting.write(200, "world", true); });
   const bool waited = second.waits();
-  const std::size_t too_early = waiting.storage().calls(MemoryStorage::Kind::write).size();
-  open.count_down();
+  const std::size_t too_early = waiting.storage().calls(Kind::write).size();
+  gate.let_go();
   CHECK(first.ends());
   CHECK(second.ends());
   CHECK(waited);
   CHECK(too_early == 0);
   CHECK(on(*disk, 100, 5) == "hello");
   CHECK(on(*disk, 200, 5) == "world");
-}
-
-TEST_CASE("when the last connection ends, what was learned goes with it", "[export]") {
-  Server server;
-  const auto disk = new_disk();
-  {
-    Visitor before(server, "a", shared(), disk);
-    before.write(100, "hello");
-    REQUIRE(before.flush() == 0);
-  }
-  CHECK(server.budget().used() == 0);
-  disk->write(100, as_text::parse("OTHER"), true);
-  Visitor after(server, "a", shared(), disk);
-  CHECK(after.read(100, 5) == "OTHER");
-  CHECK(server.losses().empty());
-}
-
-TEST_CASE("while another connection stays, what was learned stays", "[export]") {
-  Server server;
-  const auto disk = new_disk();
-  Visitor stays(server, "a", shared(), disk);
-  {
-    Visitor leaves(server, "a", shared(), disk);
-    leaves.write(100, "hello");
-  }
-  CHECK(stays.read(100, 5) == "hello");
-  CHECK(stays.flush() == 0);
-  CHECK(on(*disk, 100, 5) == "hello");
-}
-
-TEST_CASE("bytes that storage refused wait for the next connection", "[export]") {
-  Server server;
-  const auto disk = new_disk();
-  {
-    Visitor unlucky(server, "a", shared(), disk);
-    unlucky.storage_refuses_writes();
-    unlucky.write(100, "hello");
-    CHECK(unlucky.flush() == ENOSPC);
-  }
-  CHECK(server.losses().empty());
-  CHECK(on(*disk, 100, 5) == "00000");
-
-  Visitor next(server, "a", shared(), disk);
-  CHECK(next.read(99, 7) == "0hello0");
-  CHECK(next.flush() == 0);
-  CHECK(on(*disk, 100, 5) == "hello");
-  const std::weak_ptr<Export> watch = next.of();
-  next.leave();
-  CHECK(watch.expired());
-  CHECK(server.losses().empty());
 }
 
 TEST_CASE("beside bytes that storage refused nothing is remembered", "[export]") {
@@ -407,37 +284,12 @@ TEST_CASE("bytes that storage refused are lost when the export comes back with a
   CHECK(next.cache().unsaved().bytes == 0);
 }
 
-TEST_CASE("what a connection with a cache of its own could not store is lost, and reported",
-          "[export]") {
-  Server server;
-  Visitor unlucky(server, "disk", unshared(), new_disk());
-  Visitor other(server, "disk", unshared(), new_disk());
-  unlucky.storage_refuses_writes();
-  unlucky.write(100, "hello");
-  unlucky.write(200, "world!");
-  other.write(300, "kept");
-  unlucky.leave();
-  CHECK(server.losses() == "disk 11 bytes: 100-105 200-206\n");
-  CHECK(other.read(300, 4) == "kept");
-  CHECK(other.flush() == 0);
-  other.leave();
-  CHECK(server.losses().empty());
-  CHECK(server.budget().used() == 0);
-}
-
 TEST_CASE("what storage never took is found by who comes back for it, and by the next server",
           "[export]") {
   const ScratchDirectory scratch;
   UncleanFile unclean(scratch.file("unclean"), [](const std::string& /*line*/) {});
   unclean.open();
-  const auto refuses = [&] {
-    try {
-      unclean.refuse_if_lost("a");
-    } catch (const UncleanFile::Lost&) {
-      return true;
-    }
-    return false;
-  };
+  const auto refuses = [&] { return error_of([&] { unclean.refuse_if_lost("a"); }) != 0; };
   const auto named = [&] { return scratch.content("unclean").find("\"a\"") != std::string::npos; };
   Server server(&unclean);
   const bool shares = GENERATE(true, false);
@@ -548,23 +400,16 @@ TEST_CASE("connections that share a cache do not care about the size of those th
 }
 
 TEST_CASE("an export lives as long as somebody is connected", "[export]") {
+  const Capabilities capabilities = GENERATE(shared(), unshared());
   Server server;
   const auto disk = new_disk();
-  Visitor first(server, "a", shared(), disk);
-  Visitor second(server, "a", shared(), disk);
+  Visitor first(server, "a", capabilities, disk);
+  Visitor second(server, "a", capabilities, disk);
   const std::weak_ptr<Export> watch = first.of();
   first.leave();
   REQUIRE_FALSE(watch.expired());
   CHECK(second.of() == watch.lock());
   second.leave();
-  CHECK(watch.expired());
-}
-
-TEST_CASE("an export that nobody wrote to is gone with its connection", "[export]") {
-  Server server;
-  Visitor client(server, "a", GENERATE(shared(), unshared()), new_disk());
-  const std::weak_ptr<Export> watch = client.of();
-  client.leave();
   CHECK(watch.expired());
   server.exports().report_left();
   CHECK(server.losses().empty());
@@ -603,7 +448,7 @@ TEST_CASE("a unit is written through the connection that wrote to it last, or wh
   Visitor second(server, "a", shared(), disk, true);
   first.write(0, "hello");
   second.write(unit, "hello"); // it sees what the first one has stored
-  const auto lent = [&](const WriteCache::Next& next) -> const qcowcache::Storage* {
+  const auto lent = [&](const WriteCache::Next& next) -> const Storage* {
     const auto use = first.image().lend(next);
     return use ? &use->storage() : nullptr;
   };
@@ -629,16 +474,9 @@ TEST_CASE("a connection is lent only when its storage can take the unit", "[expo
   Visitor cannot_write(server, "a", read_only, disk);
   writer.write(0, "hello");
   Visitor too_small(server, "a", shared(), disk);
-  Visitor with_another_cache(
-      server, "a",
-      [&] {
-        Capabilities capabilities = odd;
-        capabilities.can_multi_conn = false;
-        return capabilities;
-      }(),
-      disk);
+  Visitor with_another_cache(server, "a", unshared(odd.size), disk);
   const ByteRange last{disk_size, disk_size + unit};
-  const auto lent = [&](const WriteCache::Next& next) -> const qcowcache::Storage* {
+  const auto lent = [&](const WriteCache::Next& next) -> const Storage* {
     const auto use = cannot_write.image().lend(next);
     return use ? &use->storage() : nullptr;
   };

@@ -33,10 +33,7 @@ std::shared_ptr<MemoryDisk> new_disk(std::uint64_t size = disk_size) {
 }
 
 std::shared_ptr<MemoryDisk> copy_of(const MemoryDisk& disk) {
-  const std::vector<std::byte> bytes = disk.now();
-  auto copy = new_disk(bytes.size());
-  copy->write(0, bytes, true);
-  return copy;
+  return std::make_shared<MemoryDisk>(disk.now());
 }
 
 /// An image of a disk, whatever is on that.
@@ -106,16 +103,17 @@ public:
       image_.leave(*handle_);
   }
 
+  /// Others know it by what it has stored.
+  Candidate& known() {
+    trusted().write(3 * unit, pattern(5000, 1));
+    flush();
+    return *this;
+  }
   void write(std::uint64_t offset, std::span<const std::byte> data) {
     image_.cache().write(*storage_, offset, data, false);
   }
   void flush() { image_.cache().flush(*storage_); }
-  void refuses_writes(int error = ENOSPC) {
-    storage_->before = [error](const MemoryStorage::Call& call) {
-      if (call.kind == Kind::write)
-        throw std::system_error(error, std::generic_category(), "refused");
-    };
-  }
+  void refuses_writes() { storage_->before = MemoryStorage::refusal(Kind::write, ENOSPC); }
 
   [[nodiscard]] MemoryStorage& storage() const { return *storage_; }
   [[nodiscard]] Handle& handle() const { return *handle_; }
@@ -148,8 +146,7 @@ TEST_CASE("who sees what others wrote after it came is trusted", "[image]") {
   const auto disk = new_disk();
   Candidate writer(bench, disk);
   const Candidate newcomer(bench, disk);
-  writer.trusted().write(3 * unit, pattern(5000, 1));
-  writer.flush();
+  writer.known();
   const Image::Request request = GENERATE(writes, reads, flushes);
   // Where everything is on storage a reader needs nobody.
   CHECK(newcomer.standing(request) == (request.changes ? Standing::trusted : Standing::guest));
@@ -160,8 +157,7 @@ TEST_CASE("who does not see what others wrote is a stranger", "[image]") {
   const Bench bench;
   const auto disk = new_disk();
   Candidate writer(bench, disk);
-  writer.trusted().write(3 * unit, pattern(5000, 1));
-  writer.flush();
+  writer.known();
   const auto leave_something_to_lose = [&] { writer.write(5 * unit, pattern(100, 9)); };
   SECTION("on an empty disk") {
     leave_something_to_lose();
@@ -190,8 +186,7 @@ TEST_CASE("a disk that looks the same is not taken for the same as long as it ne
   const Bench bench;
   const auto disk = new_disk();
   Candidate writer(bench, disk);
-  writer.trusted().write(3 * unit, pattern(5000, 1));
-  writer.flush();
+  writer.known();
   const Candidate copied(bench, copy_of(*disk)); // it might also be the disk itself
   CHECK(copied.standing(reads) == Standing::guest);
   CHECK(copied.standing(writes) == Standing::founder);
@@ -215,8 +210,7 @@ TEST_CASE("what is left needs somebody who sees what was written before, and as 
   const auto before = copy_of(*disk);
   {
     Candidate unlucky(bench, disk);
-    unlucky.trusted().write(3 * unit, pattern(5000, 1));
-    unlucky.flush();
+    unlucky.known();
     unlucky.refuses_writes();
     unlucky.write(20 * unit, pattern(100, 2));
     CHECK_THROWS_AS(unlucky.flush(), std::system_error);
@@ -262,14 +256,10 @@ TEST_CASE("a connection that cannot be compared gets storage's error", "[image]"
   const Bench bench;
   const auto disk = new_disk();
   Candidate writer(bench, disk);
-  writer.trusted().write(3 * unit, pattern(5000, 1));
-  writer.flush();
+  writer.known();
   writer.write(3 * unit, pattern(100, 2));
   const Candidate newcomer(bench, disk);
-  newcomer.storage().before = [](const MemoryStorage::Call& call) {
-    if (call.kind == Kind::read)
-      throw std::system_error(ENOMEDIUM, std::generic_category(), "refused");
-  };
+  newcomer.storage().before = MemoryStorage::refusal(Kind::read, ENOMEDIUM);
   CHECK_THROWS_AS(newcomer.standing(writes), std::system_error);
 }
 

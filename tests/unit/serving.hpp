@@ -80,6 +80,10 @@ public:
                std::make_unique<MemoryStorage>(capabilities, std::move(disk))) {
     storage_->before = std::move(before);
   }
+  /// Its storage can do everything.
+  Client(Serving& serving, const std::string& name, const std::shared_ptr<MemoryDisk>& disk,
+         MemoryStorage::Hook before = {})
+      : Client(serving, name, disk, MemoryStorage::everything(disk->size()), std::move(before)) {}
   Client(const Client&) = delete;
   Client& operator=(const Client&) = delete;
   ~Client() { leave(); }

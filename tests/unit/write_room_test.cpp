@@ -2,6 +2,8 @@
 
 #include "cache/write_cache.hpp"
 #include "catch.hpp"
+#include "error_of.hpp"
+#include "gate.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
 #include "serving.hpp"
@@ -46,17 +48,10 @@ struct Bench {
 
   /// Storage's or the cache's answer.
   int write(std::uint64_t offset, std::span<const std::byte> data, bool fua = false) {
-    try {
-      cache->write(storage, offset, data, fua);
-    } catch (const std::system_error& error) {
-      return error.code().value();
-    }
-    return 0;
+    return error_of([&] { cache->write(storage, offset, data, fua); });
   }
   [[nodiscard]] std::vector<std::byte> on_disk(std::uint64_t offset, std::size_t size) const {
-    std::vector<std::byte> data(size);
-    storage.disk().read(offset, data);
-    return data;
+    return storage.disk().read(offset, size);
   }
   /// Bytes that storage has allocated.
   [[nodiscard]] std::uint64_t allocated() const { return storage.disk().allocated().bytes(); }
@@ -174,10 +169,7 @@ TEST_CASE("storage that cannot reserve is not asked again", "[write_room]") {
   bench.storage.zeros_are_data = reason == 3;
   const std::vector<int> errors{ENOTSUP, EIO, EPERM};
   if (reason > 3)
-    bench.storage.before = [&](const MemoryStorage::Call& call) {
-      if (call.kind == Kind::zero)
-        throw std::system_error(errors.at(reason - 4), std::generic_category(), "refused");
-    };
+    bench.storage.before = MemoryStorage::refusal(Kind::zero, errors.at(reason - 4));
   for (std::uint64_t i = 0; i < 20; ++i)
     CHECK(bench.write(i * 3 * unit, pattern(100, 1)) == 0);
   CHECK(bench.storage.calls(Kind::zero).size() == (reason < 3 ? 0 : 1));
@@ -219,9 +211,8 @@ TEST_CASE("an image's beginning has room before its header is written", "[write_
   constexpr std::uint64_t large = 4 * Room::beginning;
   Serving serving(std::size_t{64} * 1024 * 1024, 0, WriteCache::Settings().retry, nullptr, large);
   const auto disk = std::make_shared<MemoryDisk>(2 * large);
-  const Capabilities capabilities = MemoryStorage::everything(2 * large);
   std::optional<std::uint64_t> before_header;
-  Client client(serving, "a", disk, capabilities, [&](const MemoryStorage::Call& call) {
+  Client client(serving, "a", disk, [&](const MemoryStorage::Call& call) {
     if (call.kind == Kind::write && call.range.begin == 0 && !before_header)
       before_header = disk->allocated().bytes();
   });
@@ -286,10 +277,7 @@ TEST_CASE("what a client zeros while room is given back keeps it", "[write_room]
 TEST_CASE("an export that grows has room only where that was reserved", "[write_room]") {
   Bench bench;
   bench.cache->set_size(20 * unit + 4096);
-  MemoryStorage shorter([] {
-    Capabilities capabilities = MemoryStorage::everything(20 * unit + 4096);
-    return capabilities;
-  }());
+  MemoryStorage shorter(MemoryStorage::everything(20 * unit + 4096));
   bench.cache->write(shorter, 20 * unit, pattern(100, 1), false);
   bench.cache->set_size(disk_size);
   CHECK(bench.write(20 * unit + 8192, pattern(100, 2)) == 0);
@@ -372,23 +360,16 @@ TEST_CASE("what is reserved clients take for a hole", "[write_room]") {
 
 TEST_CASE("one asks, and others wait for the answer if they need it", "[write_room]") {
   Bench bench;
-  std::latch asked{1};
-  std::latch answered{1};
-  bench.storage.before = [&, first = true](const MemoryStorage::Call& call) mutable {
-    if (call.kind == Kind::zero && std::exchange(first, false)) {
-      asked.count_down();
-      answered.wait();
-    }
-  };
+  Gate gate(bench.storage, Kind::zero);
   int answer = -1;
   WatchedThread one([&] { answer = bench.write(unit, pattern(100, 1)); });
-  asked.wait();
+  gate.wait_until_reached();
   int other_answer = -1;
   WatchedThread other([&] { other_answer = bench.write(5 * unit, pattern(100, 2)); });
   CHECK(other.waits());
   std::vector<std::byte> data(100);
   bench.cache->read(bench.storage, 0, data); // who reads does not
-  answered.count_down();
+  gate.let_go();
   REQUIRE(one.ends());
   REQUIRE(other.ends());
   CHECK(answer == 0);
@@ -402,28 +383,19 @@ namespace {
 class Hanging {
 public:
   Hanging(Bench& bench, Kind kind, std::uint64_t offset, bool fua)
-      : storage_(bench.storage.capabilities()), thread_([this, &bench, offset, fua] {
-          reached_may_begin_.wait();
+      : storage_(bench.storage.capabilities()), gate_(storage_, kind),
+        thread_([this, &bench, offset, fua] {
           bench.cache->write(storage_, offset, pattern(4096, 1), fua);
         }) {
-    storage_.before = [this, kind](const MemoryStorage::Call& call) {
-      if (call.kind == kind) {
-        reached_.count_down();
-        open_.wait();
-      }
-    };
-    reached_may_begin_.count_down();
-    reached_.wait();
+    gate_.wait_until_reached();
   }
   Hanging(const Hanging&) = delete;
   Hanging& operator=(const Hanging&) = delete;
-  ~Hanging() { open_.count_down(); }
+  ~Hanging() { gate_.let_go(); }
 
 private:
   MemoryStorage storage_;
-  std::latch reached_may_begin_{1};
-  std::latch reached_{1};
-  std::latch open_{1};
+  Gate gate_;
   WatchedThread thread_;
 };
 
@@ -482,9 +454,7 @@ TEST_CASE("what was reserved on a disk says nothing of the one that takes its pl
   bench.cache->flush(founder);
   auto expected = there;
   std::ranges::copy(data, expected.begin() + 50);
-  std::vector<std::byte> stored(unit);
-  founder.disk().read(3 * unit, stored);
-  CHECK(stored == expected);
+  CHECK(founder.disk().read(3 * unit, unit) == expected);
 }
 
 TEST_CASE("beside others whose writes it may not see nobody reserves", "[write_room]") {
@@ -509,12 +479,11 @@ TEST_CASE("who writes in order has room waiting for him, and nothing is left res
   const auto disk = std::make_shared<MemoryDisk>(disk_size);
   disk->write(0, qcow2_header(16), true);
   disk->allocate({0, 4096});
-  const Capabilities capabilities = MemoryStorage::everything(disk_size);
   std::latch reached{1};
   std::latch open{1};
   std::atomic<unsigned> windows = 0;
   {
-    Client client(serving, "a", disk, capabilities, [&](const MemoryStorage::Call& call) {
+    Client client(serving, "a", disk, [&](const MemoryStorage::Call& call) {
       if (call.kind == Kind::zero && call.range.begin == window && ++windows == 1) {
         reached.count_down();
         open.wait();
@@ -528,7 +497,7 @@ TEST_CASE("who writes in order has room waiting for him, and nothing is left res
     for (std::uint64_t i = 16; i < 32; ++i)
       client.write(i * unit, pattern(100, static_cast<unsigned>(i)));
     CHECK(disk->allocated().bytes() >= 2 * window);
-    Client reader(serving, "a", disk, capabilities);
+    Client reader(serving, "a", disk);
     CHECK(reader.read(16 * unit, 100) == pattern(100, 16));
     client.leave();
     CHECK(disk->allocated().bytes() == 32 * 4096);

@@ -13,7 +13,6 @@
 #include <set>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -347,10 +346,7 @@ TEST_CASE("a cache counts what storage does, and why", "[statistics]") {
 TEST_CASE("a cache counts refusals, and what was tried again", "[statistics]") {
   Counting cache;
   cache.write(unit, unit - 1);
-  cache.storage.before = [](const MemoryStorage::Call& call) {
-    if (call.kind == Kind::write)
-      throw std::system_error(ENOSPC, std::generic_category(), "refused");
-  };
+  cache.storage.before = MemoryStorage::refusal(Kind::write, ENOSPC);
   for (int i = 0; i < 3; ++i)
     CHECK_THROWS(cache.cache->flush(cache.storage));
   CHECK(cache[Count::refused_writes] == 3);

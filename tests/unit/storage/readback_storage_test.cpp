@@ -11,7 +11,6 @@
 #include <cerrno>
 #include <memory>
 #include <optional>
-#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -84,9 +83,7 @@ struct Bench {
   }
 
   [[nodiscard]] std::vector<std::byte> stored(std::uint64_t offset, std::size_t size) const {
-    std::vector<std::byte> data(size);
-    disk.disk().read(offset, data);
-    return data;
+    return disk.disk().read(offset, size);
   }
 
   MemoryStorage disk;
@@ -174,10 +171,7 @@ TEST_CASE("other bytes are an error, which names the first of them", "[readback_
 
 TEST_CASE("a write that cannot be read back has storage's own error", "[readback_storage]") {
   Bench bench;
-  bench.disk.before = [](const MemoryStorage::Call& call) {
-    if (call.kind == Kind::read)
-      throw std::system_error(ENOMEDIUM, std::generic_category(), "refused");
-  };
+  bench.disk.before = MemoryStorage::refusal(Kind::read, ENOMEDIUM);
   std::optional<int> error;
   try {
     bench.storage->write(1000, pattern(500, 1), false);
