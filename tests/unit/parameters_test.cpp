@@ -157,52 +157,6 @@ TEST_CASE("qcowcache-cluster-size=auto goes back to the header", "[parameters]")
   CHECK_FALSE(parameters.cluster_size());
 }
 
-TEST_CASE("one line names a wrong size, its parameter and what is allowed", "[parameters]") {
-  for (const std::string_view value : {"",
-                                       "lots",
-                                       "-1",
-                                       "-0",
-                                       "64MB",
-                                       "64KiB",
-                                       "64Q",
-                                       "M64",
-                                       "6 4M",
-                                       " 64M",
-                                       "64M ",
-                                       "1.5M",
-                                       "0x10",
-                                       "1e6",
-                                       "auto",
-                                       "8E",
-                                       "64M,1",
-                                       "9223372036854775808",
-                                       "18446744073709551616",
-                                       "99999999999999999999"}) {
-    const std::string line = complaint("qcowcache-size", value);
-    INFO(line);
-    CHECK(has(line, "qcowcache-size=" + std::string(value)));
-    CHECK(has(line, "64M"));
-    CHECK(has(line, "0"));
-    CHECK_FALSE(has(line, "\n"));
-  }
-}
-
-TEST_CASE("one line names a wrong cluster size, its parameter and what is allowed",
-          "[parameters]") {
-  for (const std::string_view value :
-       {"", "0", "1", "256", "511", "513", "3K", "2097153", "3M", "4M", "7E", "AUTO", "auto ",
-        "-512", "off", "64KB", "64Q", "65536.0", "99999999999999999999"}) {
-    const std::string line = complaint("qcowcache-cluster-size", value);
-    INFO(value << ": " << line);
-    CHECK(has(line, "qcowcache-cluster-size=" + std::string(value)));
-    CHECK(has(line, "auto"));
-    CHECK(has(line, "power of two"));
-    CHECK(has(line, "512"));
-    CHECK(has(line, "2M"));
-    CHECK_FALSE(has(line, "\n"));
-  }
-}
-
 TEST_CASE("qcowcache-writers takes 0 to 64", "[parameters]") {
   Parameters parameters;
   for (const unsigned number : {0U, 1U, 16U, 64U}) {
@@ -318,38 +272,62 @@ TEST_CASE("qcowcache-stats-interval takes seconds up to a day, and needs a file"
   }
 }
 
-TEST_CASE("one line names a wrong number, its parameter and what is allowed", "[parameters]") {
+TEST_CASE("one line names a wrong value, its parameter and what is allowed", "[parameters]") {
   struct Wrong {
     std::string_view key;
     std::vector<std::string_view> values;
-    std::string_view least;
-    std::string_view most;
+    /// What is allowed.
+    std::vector<std::string_view> says;
   };
   const std::vector<Wrong> all = {
+      {"qcowcache-size",
+       {"",
+        "lots",
+        "-1",
+        "-0",
+        "64MB",
+        "64KiB",
+        "64Q",
+        "M64",
+        "6 4M",
+        " 64M",
+        "64M ",
+        "1.5M",
+        "0x10",
+        "1e6",
+        "auto",
+        "8E",
+        "64M,1",
+        "9223372036854775808",
+        "18446744073709551616",
+        "99999999999999999999"},
+       {"64M", "0"}},
+      {"qcowcache-cluster-size",
+       {"", "0", "1", "256", "511", "513", "3K", "2097153", "3M", "4M", "7E", "AUTO", "auto ",
+        "-512", "off", "64KB", "64Q", "65536.0", "99999999999999999999"},
+       {"auto", "power of two", "512", "2M"}},
       {"qcowcache-writers",
        {"", "65", "-1", "+1", "4k", "1.5", "four", " 4", "4 ", "0x4", "4294967296",
         "18446744073709551616"},
-       "0",
-       "64"},
+       {"from 0 to 64"}},
       {"qcowcache-max-write",
        {"", "0", "65535", "32M1", "33554433", "64M", "-1", "big", "1MB", "1.5M", "1Q",
         "9223372036854775808", "99999999999999999999"},
-       "64K",
-       "32M"},
+       {"from 64K to 32M"}},
       {"qcowcache-expire",
        {"", "86401", "-1", "5s", "1.5", "never", " 5", "5 ", "0x5", "18446744073709551616",
         "99999999999999999999"},
-       "0",
-       "86400"},
-      {"qcowcache-reserve", {"", "1", "2097151", "1025M", "-1", "some"}, "2M", "1G"},
-      {"qcowcache-max-delay", {"", "86401", "-1", "5s", "1.5", "never"}, "0", "86400"},
+       {"from 0 to 86400"}},
+      {"qcowcache-reserve", {"", "1", "2097151", "1025M", "-1", "some"}, {"from 2M to 1G"}},
+      {"qcowcache-max-delay", {"", "86401", "-1", "5s", "1.5", "never"}, {"from 0 to 86400"}},
   };
   for (const Wrong& wrong : all) {
     for (const std::string_view value : wrong.values) {
       const std::string line = complaint(wrong.key, value);
       INFO(wrong.key << "=" << value << " -> " << line);
       CHECK(line.starts_with(std::string(wrong.key) + "=" + std::string(value) + ": "));
-      CHECK(has(line, "from " + std::string(wrong.least) + " to " + std::string(wrong.most)));
+      for (const std::string_view allowed : wrong.says)
+        CHECK(has(line, allowed));
       CHECK_FALSE(has(line, "\n"));
     }
   }

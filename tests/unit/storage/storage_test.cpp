@@ -1,6 +1,7 @@
 #include "storage/storage.hpp"
 
 #include "catch.hpp"
+#include "error_of.hpp"
 
 #include <cerrno>
 #include <cstddef>
@@ -224,34 +225,21 @@ TEST_CASE("an empty request does not reach storage", "[storage]") {
   CHECK(storage.pieces({5, 5}) == 0);
 }
 
-TEST_CASE("native FUA goes along with every piece", "[storage]") {
-  Recorder storage(with_fua(Fua::native));
+TEST_CASE("native FUA goes along with every piece, one that costs a flush with the last, and where "
+          "storage has none a flush follows",
+          "[storage]") {
+  const auto [fua, first, last] = GENERATE(table<Fua, std::string, std::string>(
+      {{Fua::native, " fua", " fua"}, {Fua::emulate, "", " fua"}, {Fua::none, "", ", flush"}}));
+  const auto both = [first = first, last = last](const std::string& kind) {
+    return kind + " 0-8192" + first + ", " + kind + " 8192-10000" + last;
+  };
+  Recorder storage(with_fua(fua));
   write(storage, {0, 10'000}, true);
-  CHECK(storage.requests() == "write 0-8192 fua, write 8192-10000 fua");
+  CHECK(storage.requests() == both("write"));
   storage.zero({0, 10'000}, {.may_trim = false, .fua = true, .fast = false});
-  CHECK(storage.requests() == "zero 0-8192 fua, zero 8192-10000 fua");
+  CHECK(storage.requests() == both("zero"));
   storage.trim({0, 10'000}, true);
-  CHECK(storage.requests() == "trim 0-8192 fua, trim 8192-10000 fua");
-}
-
-TEST_CASE("FUA that costs a flush goes along with the last piece only", "[storage]") {
-  Recorder storage(with_fua(Fua::emulate));
-  write(storage, {0, 10'000}, true);
-  CHECK(storage.requests() == "write 0-8192, write 8192-10000 fua");
-  storage.zero({0, 10'000}, {.may_trim = false, .fua = true, .fast = false});
-  CHECK(storage.requests() == "zero 0-8192, zero 8192-10000 fua");
-  storage.trim({0, 10'000}, true);
-  CHECK(storage.requests() == "trim 0-8192, trim 8192-10000 fua");
-}
-
-TEST_CASE("where storage has no FUA, one flush follows the last piece", "[storage]") {
-  Recorder storage(with_fua(Fua::none));
-  write(storage, {0, 10'000}, true);
-  CHECK(storage.requests() == "write 0-8192, write 8192-10000, flush");
-  storage.zero({0, 10'000}, {.may_trim = false, .fua = true, .fast = false});
-  CHECK(storage.requests() == "zero 0-8192, zero 8192-10000, flush");
-  storage.trim({0, 10'000}, true);
-  CHECK(storage.requests() == "trim 0-8192, trim 8192-10000, flush");
+  CHECK(storage.requests() == both("trim"));
 }
 
 TEST_CASE("without FUA asked for there is neither FUA nor flush", "[storage]") {
@@ -321,15 +309,6 @@ TEST_CASE("the first piece that storage refuses ends a request, with storage's o
           "[storage]") {
   Recorder storage(with_fua(Fua::none));
   storage.refused_at = 8192;
-  const auto error_of = [](const auto& request) {
-    try {
-      request();
-    } catch (const std::system_error& error) {
-      CHECK(error.code().category() == std::generic_category());
-      return error.code().value();
-    }
-    return 0;
-  };
   CHECK(error_of([&] { write(storage, {0, 30'000}, true); }) == ENOSPC);
   CHECK(storage.requests() == "write 0-8192, write 8192-16384");
   CHECK(error_of([&] { storage.trim({0, 30'000}, true); }) == ENOSPC);

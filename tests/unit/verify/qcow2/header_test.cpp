@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <random>
 #include <span>
@@ -77,43 +78,26 @@ HeaderBytes version_3() {
 
 } // namespace
 
-TEST_CASE("a header of version 2 means deflate", "[header]") {
-  const std::optional<Header> header = version_2().parse();
-  REQUIRE(header);
-  CHECK(header->length == 72);
-  CHECK(header->cluster_bits == 16);
-  CHECK(header->cluster_size() == 65536);
-  CHECK(header->compression == Compression::deflate);
-  CHECK_FALSE(header->extended_l2);
-}
-
-TEST_CASE("a header of version 3 without features means deflate", "[header]") {
-  const std::optional<Header> header = version_3().parse();
-  REQUIRE(header);
-  CHECK(header->length == 112);
-  CHECK(header->cluster_bits == 16);
-  CHECK(header->compression == Compression::deflate);
-  CHECK_FALSE(header->extended_l2);
+TEST_CASE("a header of version 2, or of version 3 without features, means deflate", "[header]") {
+  for (const HeaderBytes& valid : {version_2(), version_3()}) {
+    const std::optional<Header> header = valid.parse();
+    REQUIRE(header);
+    CHECK(header->length == (header->version == 2 ? 72 : 112));
+    CHECK(header->cluster_bits == 16);
+    CHECK(header->cluster_size() == 65536);
+    CHECK(header->compression == Compression::deflate);
+    CHECK_FALSE(header->extended_l2);
+    CHECK(header->l1 == TablePlace{3U << 16U, 16});
+  }
 }
 
 TEST_CASE("the bytes that qemu-img wrote for a zstd image are understood", "[header]") {
   // qemu-img create -f qcow2 -o cluster_size=4k,compression_type=zstd,extended_l2=off x 1M
   std::vector<std::byte> bytes(header_bytes);
-  for (const auto& [offset, value] : std::vector<std::pair<std::size_t, unsigned>>{{0, 0x51},
-                                                                                   {1, 0x46},
-                                                                                   {2, 0x49},
-                                                                                   {3, 0xfb},
-                                                                                   {7, 3},
-                                                                                   {23, 12},
-                                                                                   {29, 0x10},
-                                                                                   {39, 1},
-                                                                                   {46, 0x30},
-                                                                                   {54, 0x10},
-                                                                                   {59, 1},
-                                                                                   {79, 8},
-                                                                                   {99, 4},
-                                                                                   {103, 112},
-                                                                                   {104, 1}})
+  const std::map<std::size_t, unsigned> written = {
+      {0, 0x51},  {1, 0x46},  {2, 0x49}, {3, 0xfb}, {7, 3},  {23, 12},   {29, 0x10}, {39, 1},
+      {46, 0x30}, {54, 0x10}, {59, 1},   {79, 8},   {99, 4}, {103, 112}, {104, 1}};
+  for (const auto& [offset, value] : written)
     bytes[offset] = static_cast<std::byte>(value);
   const std::optional<Header> header = parse_header(bytes);
   REQUIRE(header);
@@ -124,14 +108,6 @@ TEST_CASE("the bytes that qemu-img wrote for a zstd image are understood", "[hea
 TEST_CASE("an image whose tables are not there yet has a header", "[header]") {
   CHECK(version_2().tables_are_not_there_yet().parse());
   CHECK(version_3().tables_are_not_there_yet().parse());
-}
-
-TEST_CASE("the header says where the tables are", "[header]") {
-  for (const HeaderBytes& valid : {version_2(), version_3()}) {
-    const std::optional<Header> header = valid.parse();
-    REQUIRE(header);
-    CHECK(header->l1 == TablePlace{3U << 16U, 16});
-  }
 }
 
 TEST_CASE("a table that no image can have is none", "[header]") {
