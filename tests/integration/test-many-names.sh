@@ -46,11 +46,11 @@ stop_nbdkit names
 # An L1 table with one entry, and the L2 table that it names.
 python "$work/disk" <<'END'
 import struct, sys
+from qcow2 import image_header
 with open(sys.argv[1], "r+b") as file:
-    for offset, field in ((24, struct.pack(">Q", 1 << 29)), (36, struct.pack(">IQ", 1, 65536)),
-                          (65536, struct.pack(">Q", 1 << 63 | 2 * 65536))):
-        file.seek(offset)
-        file.write(field)
+    file.write(image_header(size=1 << 29, l1=(1, 65536)))
+    file.seek(65536)
+    file.write(struct.pack(">Q", 1 << 63 | 2 * 65536))
 END
 # One request at a time, or each client would wait for data that may be late.
 start_nbdkit names --filter="$FILTER" --filter=noparallel file "$work/disk" qcowcache-size=4M \

@@ -104,6 +104,17 @@ def agree(counts, above, stats):
 END
 PYTHONPATH+=:$work
 
+# in_total CONDITION...: of the JSON report, whose sums are "total", and of what is "below"
+in_total ()
+{
+    "$PYTHON" -c 'import sys, reports
+path, stats, *conditions = sys.argv[1:]
+report, below = reports.from_json(path), reports.below(stats)
+for condition in conditions:
+    if not eval(condition, {"report": report, "total": report["total"], "below": below}):
+        sys.exit(f"not so: {condition}: {report}")' "$report.json" "$work/below.stats" "$@"
+}
+
 # start NAME FORM ARGUMENT...: with log above, stats below, and a report of this form
 start ()
 {
@@ -175,15 +186,8 @@ start server json --filter=noextents file "$work/target" qcowcache-size=512K
 mixed_requests server
 stop_nbdkit server
 agrees json
-python "$report.json" <<'END'
-import sys
-from reports import from_json
-report = from_json(sys.argv[1])
-total = report["total"]
-assert total["fill_up_reads"] > 0 and total["fill_up_read_bytes"] > 0, total
-assert total["writes_through"] > 0, total
-assert report["memory_limit_bytes"] == 512 << 10, report
-END
+in_total 'total["fill_up_reads"] > 0' 'total["fill_up_read_bytes"] > 0' 'total["writes_through"] > 0' \
+    'report["memory_limit_bytes"] == 512 << 10'
 
 echo "memory that runs out"
 fresh_image "$work/target" 64M 16
@@ -194,16 +198,8 @@ for unit in range(1, 500):
 client.shutdown()
 END
 stop_nbdkit server
-python "$report.json" <<'END'
-import sys
-from reports import from_json
-report = from_json(sys.argv[1])
-total = report["total"]
-assert total["memory_wait_seconds"] > 0, total
-assert total["partial_units"]["memory"] > 400, total
-assert sum(total["partial_units"].values()) == 499, total
-assert 128 << 10 < report["memory_peak_bytes"] <= 512 << 10, report
-END
+in_total 'total["memory_wait_seconds"] > 0' 'total["partial_units"]["memory"] > 400' \
+    'sum(total["partial_units"].values()) == 499' '128 << 10 < report["memory_peak_bytes"] <= 512 << 10'
 
 echo "storage that refuses, is tried again, and refuses to the end"
 fresh_image "$work/target" 16M 16
@@ -222,17 +218,9 @@ client.shutdown()
 END
 stop_nbdkit server
 rm "$work/full"
-python "$report.json" "$work/below.stats" <<'END'
-import sys
-from reports import below, from_json
-total = from_json(sys.argv[1])["total"]
-assert total["lost_bytes"] == 2400, total
-assert total["refused_writes"] >= 3, total
-assert total["retries"] >= 2, total
-assert total["partial_units"]["flush"] == 1, total
-assert sum(total["partial_units"].values()) == total["storage_writes"] == 1, total
-assert below(sys.argv[2])["write"][0] == 1
-END
+in_total 'total["lost_bytes"] == 2400' 'total["refused_writes"] >= 3' 'total["retries"] >= 2' \
+    'total["partial_units"]["flush"] == 1' \
+    'sum(total["partial_units"].values()) == total["storage_writes"] == 1' 'below["write"][0] == 1'
 
 echo "text for people"
 fresh_image "$work/target" 16M 16
@@ -249,17 +237,14 @@ done
 
 echo "names that clients choose, some of them odd, and more than are kept apart"
 start server prom memory 1M qcowcache-cluster-size=64k
-python "$work/server.sock" <<'END'
-import nbd, sys
-def connect(name):
+run_client server <<'END'
+odd = ["a%22b", "a%5cb", "a%0ab", "%ff%fe", "%c3%bc", "%5cother", "other"]
+client.pwrite(b"x", 0)
+for name in odd + [f"disk{number}" for number in range(1029 - len(odd))] + ["disk0"]:
     client = nbd.NBD()
-    client.connect_uri(f"nbd+unix:///{name}?socket={sys.argv[1]}")
+    client.connect_uri(f"nbd+unix:///{name}?socket={address}")
     client.pwrite(b"x", 0)
     client.shutdown()
-odd = ["", "a%22b", "a%5cb", "a%0ab", "%ff%fe", "%c3%bc", "%5cother", "other"]
-for name in odd + [f"disk{number}" for number in range(1030 - len(odd))]:
-    connect(name)
-connect("disk0")
 END
 stop_nbdkit server
 python "$report.prom" <<'END'
@@ -289,11 +274,7 @@ client.pwrite(b"x", 0)
 client.shutdown()
 END
 stop_nbdkit server
-python "$report.json" <<'END'
-import sys
-from reports import from_json
-assert from_json(sys.argv[1])["total"]["client_writes"] == 2
-END
+in_total 'total["client_writes"] == 2'
 
 echo "a directory that goes away: a message, and nothing more"
 start server json file "$work/target"

@@ -105,7 +105,6 @@ public:
   qcowcache::Storage::Extents extents(const qcowcache::ByteRange& range) {
     return connection_.extents(range, false);
   }
-  void prefetch(const qcowcache::ByteRange& range) { connection_.cache(range); }
   void leave() {
     connection_.drain();
     connection_.end();

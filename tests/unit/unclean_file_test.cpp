@@ -1,6 +1,7 @@
 #include "unclean_file.hpp"
 
 #include "catch.hpp"
+#include "error_of.hpp"
 #include "scratch_directory.hpp"
 
 #include <atomic>
@@ -11,7 +12,6 @@
 #include <fstream>
 #include <sstream>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -57,12 +57,7 @@ std::string names(const ScratchDirectory& scratch) {
 }
 
 int error_of_open(const ScratchDirectory& scratch) {
-  try {
-    const Record record(scratch);
-  } catch (const std::system_error& error) {
-    return error.code().value();
-  }
-  return 0;
+  return error_of([&] { const Record record(scratch); });
 }
 
 } // namespace
