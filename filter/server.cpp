@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <new>
+#include <string_view>
 #include <utility>
 
 namespace qcowcache {
@@ -14,6 +15,13 @@ namespace {
 /// How long a check waits for data that may have been overtaken by the entry that names it.
 /// Measured with 64 backup workers: 24 ms at most.
 constexpr std::chrono::seconds patience{2};
+
+constexpr std::string_view block_sizes_failed =
+    "storage failed to tell its block sizes, and is taken to have none, so that it may have to "
+    "rewrite a large block for each write (nbdkit allows no minimum above 64K, which is what the "
+    "S3 plugin of nbdkit 1.32 asks for): put --filter=blocksize-policy below this filter, with "
+    "blocksize-minimum=1 blocksize-preferred=SIZE blocksize-maximum=SIZE, where SIZE is that of "
+    "its blocks, such as object-size";
 
 std::unique_ptr<UncleanFile> make_unclean_file(const Parameters& parameters, const Host& host) {
   if (parameters.unclean_file().empty())
@@ -70,7 +78,10 @@ Connection& Server::open(std::string export_name) {
   return *connections_.back();
 }
 
-void Server::begin(Connection& connection, std::unique_ptr<Storage> storage) const {
+void Server::begin(Connection& connection, std::unique_ptr<Storage> storage) {
+  if (storage->capabilities().block_sizes_failed)
+    std::call_once(told_block_sizes_failed_,
+                   [&] { report(connection.export_name(), block_sizes_failed); });
   if (reads_back_) {
     const auto report = [this, name = connection.export_name()](const ByteRange& range,
                                                                 std::uint64_t first_difference) {
@@ -162,8 +173,9 @@ Snapshot Server::snapshot() const {
   return taken;
 }
 
-void Server::report(const std::string& export_name, const std::string& line) const {
-  host_.complain("qcowcache: export \"" + printable(export_name) + "\": " + line);
+void Server::report(const std::string& export_name, std::string_view line) const {
+  std::string message = "qcowcache: export \"" + printable(export_name) + "\": ";
+  host_.complain(message.append(line));
 }
 
 } // namespace qcowcache

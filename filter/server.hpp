@@ -18,6 +18,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 
 namespace qcowcache {
 
@@ -53,8 +54,9 @@ public:
 
   /// A client has come; its connection lives until `close`, or as long as the server.
   Connection& open(std::string export_name);
-  /// Its storage can be used from now on.
-  void begin(Connection& connection, std::unique_ptr<Storage> storage) const;
+  /// Its storage can be used from now on. The operator is told, once, of storage that failed to
+  /// tell its block sizes.
+  void begin(Connection& connection, std::unique_ptr<Storage> storage);
   void close(Connection& connection);
 
 private:
@@ -63,7 +65,7 @@ private:
   void tick();
   void follow_size();
   [[nodiscard]] Snapshot snapshot() const;
-  void report(const std::string& export_name, const std::string& line) const;
+  void report(const std::string& export_name, std::string_view line) const;
 
   const std::chrono::steady_clock::time_point began_ = std::chrono::steady_clock::now();
   const Host host_;
@@ -81,6 +83,7 @@ private:
   Exports exports_;
   const std::optional<std::chrono::seconds> stats_interval_;
   std::optional<StatsFile> stats_file_;
+  std::once_flag told_block_sizes_failed_;
   std::mutex mutex_;
   /// A program that ends may not close what it cuts off.
   std::list<std::unique_ptr<Connection>> connections_;

@@ -44,11 +44,13 @@ NbdkitStorage::NbdkitStorage(nbdkit_next* next) : next_(next) {
   std::uint32_t minimum = 0;
   std::uint32_t preferred = 0;
   std::uint32_t maximum = 0;
-  if (size == -1 || next->block_size(next, &minimum, &preferred, &maximum) == -1)
+  if (size == -1)
     throw std::system_error(EIO, std::generic_category(), "storage did not tell what it can do");
 
   Capabilities& found = capabilities_;
-  if (minimum != 0) {
+  // nbdkit remembers no failure, so it is asked only here: each time it would say why once more.
+  found.block_sizes_failed = next->block_size(next, &minimum, &preferred, &maximum) == -1;
+  if (!found.block_sizes_failed && minimum != 0) {
     found.minimum = std::bit_floor(minimum);
     found.preferred = std::bit_floor(preferred);
     found.maximum = maximum;

@@ -13,7 +13,9 @@ namespace qcowcache {
 class NbdkitStorage final : public Storage {
 public:
   /// Asks storage about itself: nbdkit demands that it is asked before it is used. Throws
-  /// std::system_error when storage does not answer; it has then reported why.
+  /// std::system_error when storage does not answer; it has then reported why. Without an answer
+  /// about block sizes, which nbdkit gives for a plugin whose own it does not allow, storage is
+  /// taken to have none.
   explicit NbdkitStorage(nbdkit_next* next);
 
   [[nodiscard]] const Capabilities& capabilities() const noexcept override { return capabilities_; }

@@ -27,6 +27,8 @@ struct Capabilities {
   std::uint32_t minimum = 1;
   std::uint32_t preferred = 4096;
   std::uint32_t maximum = UINT32_MAX;
+  /// Storage was asked for its block sizes and failed to tell: the three above are guesses.
+  bool block_sizes_failed = false;
   bool can_write = false;
   bool can_flush = false;
   bool can_trim = false;

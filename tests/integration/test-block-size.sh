@@ -35,6 +35,38 @@ answers 65536 --filter=blocksize-policy file "$work/disk" \
 answers 262144 --filter=blocksize-policy file "$work/disk" \
     blocksize-minimum=4096 blocksize-preferred=256K blocksize-error-policy=error
 
+# Storage whose answer nbdkit does not allow is storage that says nothing, and the operator hears
+# of it once; nbdkit itself says why to each client.
+cat >"$work/objects.sh" <<'END'
+case "$1" in
+    thread_model) echo parallel ;;
+    get_size) echo 8388608 ;;
+    block_size) echo 4194304 4194304 4194304 ;;
+    can_write | can_flush | can_multi_conn) exit 0 ;;
+    flush) ;;
+    pread) dd if="$DISK" skip="$4" count="$3" iflag=skip_bytes,count_bytes status=none ;;
+    pwrite) dd of="$DISK" seek="$4" oflag=seek_bytes conv=notrunc status=none bs=1M ;;
+    *) exit 2 ;;
+esac
+END
+chmod +x "$work/objects.sh"
+export DISK=$work/disk
+start_nbdkit server --filter="$FILTER" sh "$work/objects.sh"
+for message in first second; do
+    nbdinfo --no-content --json "$(uri server)" | jq -e '.exports[0] |
+        ."block_size_minimum" == 1 and ."block_size_preferred" == 65536' >/dev/null ||
+        fail "wrong block sizes where storage's are not allowed"
+    run_client server "$message" "$work/disk" <<'END'
+message, disk = arguments
+client.pwrite(message.encode(), 1 << 20)
+client.flush()
+assert stored(disk, 1 << 20, len(message)) == message.encode()
+END
+done
+stop_nbdkit server
+[ "$(grep -c 'blocksize-policy.*blocksize-maximum=SIZE' "$work/server.err")" -eq 1 ] ||
+    fail "not one message about block sizes: $(cat "$work/server.err")"
+
 # Without a header the answer still has to let single bytes pass.
 fresh_file "$work/disk" 8M
 start_nbdkit server --filter="$FILTER" file "$work/disk"

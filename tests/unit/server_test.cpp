@@ -42,6 +42,9 @@ public:
                       std::function<void(const MemoryStorage::Call&)> after = {}) {
     auto storage = std::make_unique<MemoryStorage>(MemoryStorage::everything(disk_size), disk);
     storage->after = std::move(after);
+    return connect(std::move(storage));
+  }
+  Connection& connect(std::unique_ptr<MemoryStorage> storage) {
     Connection& connection = server_.open("an\nexport");
     server_.begin(connection, std::move(storage));
     return connection;
@@ -156,6 +159,27 @@ TEST_CASE("the operator is told of storage that returns other bytes", "[server]"
   REQUIRE_FALSE(complaints.empty());
   CHECK(complaints[0] == "qcowcache: export \"an\\x0aexport\": storage returned other bytes than "
                          "were written at 196608-200703, from 196613 on");
+}
+
+TEST_CASE("storage that failed to tell its block sizes is used, and the operator told once",
+          "[server]") {
+  Program program({{"writers", "0"}});
+  Capabilities unknown = MemoryStorage::everything(disk_size);
+  unknown.block_sizes_failed = true;
+  const auto disk = image();
+  program.connect(disk);
+  CHECK(program.complaints().empty());
+  for (unsigned i = 1; i <= 2; ++i) {
+    Connection& connection = program.connect(std::make_unique<MemoryStorage>(unknown, disk));
+    connection.write(i * unit + 17, pattern(700, i), false);
+    program.close(connection);
+    CHECK(disk->now({i * unit + 17, i * unit + 717}) == pattern(700, i));
+  }
+  const std::vector<std::string> complaints = program.complaints();
+  REQUIRE(complaints.size() == 1);
+  CHECK(complaints[0].starts_with(
+      R"(qcowcache: export "an\x0aexport": storage failed to tell its block sizes)"));
+  CHECK(complaints[0].find("--filter=blocksize-policy") != std::string::npos);
 }
 
 TEST_CASE("a new size counts with the next request", "[server]") {
