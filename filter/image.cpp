@@ -57,6 +57,11 @@ void Image::begin(const Capabilities& capabilities, std::shared_ptr<const void> 
     settings.counters = settings_.statistics->counters(name_);
   settings.events = settings_.events.about("export \"" + printable(name_) + "\": ");
   settings.retry = settings_.retry;
+  if (settings_.report_short_of_memory) {
+    settings.short_of_memory = [this](std::uint64_t preferred, std::uint64_t unit_size) {
+      settings_.report_short_of_memory(name_, preferred, unit_size);
+    };
+  }
   settings.changed_storage = [this, changed = std::move(changed)](const ByteRange& range) {
     changed(*this, range);
   };

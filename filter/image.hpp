@@ -66,6 +66,10 @@ public:
     std::function<void()> before_request = {};
     /// Tells the operator that a name stands for several disks. Must not throw.
     std::function<void(const std::string& export_name, const std::string& line)> report_disk = {};
+    /// As `WriteCache::Settings::short_of_memory`. Must not throw.
+    std::function<void(const std::string& export_name, std::uint64_t preferred,
+                       std::uint64_t unit_size)>
+        report_short_of_memory = {};
     /// As in `WriteCache::Settings`.
     std::chrono::milliseconds retry = WriteCache::Settings().retry;
     /// Who decodes compressed clusters, for all images.

@@ -149,7 +149,7 @@ std::span<const Parameters::Row> Parameters::table() noexcept {
               refuse(key, value, "a number from 0 to 64");
             parameters.writers_ = static_cast<unsigned>(*number);
           }},
-      Row{"max-write", "<SIZE>", "Largest merged write, 64K to 32M (default 1M).",
+      Row{"max-write", "<SIZE>", "Largest write of several units, 64K to 32M (default 1M).",
           [](Parameters& parameters, std::string_view key, std::string_view value) {
             const std::optional<std::uint64_t> size = parse_size(value);
             if (!size || *size < least_max_write || *size > most_max_write)

@@ -46,7 +46,7 @@ public:
 
   /// Background writers; 0: none.
   [[nodiscard]] unsigned writers() const noexcept { return writers_; }
-  /// Bytes; the largest write that units are merged into.
+  /// Bytes; the largest write that several units are merged into.
   [[nodiscard]] std::uint64_t max_write() const noexcept { return max_write_; }
   /// After how long an idle partial unit is left behind; nothing: never by time.
   [[nodiscard]] std::optional<std::chrono::seconds> expire() const noexcept { return expire_; }

@@ -134,6 +134,17 @@ Image::Settings Server::image_settings(const Parameters& parameters) {
   settings.damage_fails_flush =
       parameters.verify() == Verify::error || parameters.verify() == Verify::all;
   settings.report_disk = report;
+  settings.report_short_of_memory = [this](const std::string& export_name, std::uint64_t preferred,
+                                           std::uint64_t unit_size) {
+    if (!told_short_of_memory_.exchange(true))
+      this->report(export_name,
+                   "qcowcache-size, now " + std::to_string(budget_.limit()) +
+                       ", is too small for units as large as the blocks of " +
+                       std::to_string(preferred) + " bytes that storage prefers: units are of " +
+                       std::to_string(unit_size) +
+                       " bytes; memory for eight such blocks is needed, and for four for each "
+                       "export that is written to");
+  };
   settings.lend = host_.parallel;
   settings.before_request = [this] { before_request(); };
   return settings;

@@ -11,6 +11,7 @@
 #include "unclean_file.hpp"
 #include "util/events.hpp"
 
+#include <atomic>
 #include <chrono>
 #include <functional>
 #include <list>
@@ -84,6 +85,7 @@ private:
   const std::optional<std::chrono::seconds> stats_interval_;
   std::optional<StatsFile> stats_file_;
   std::once_flag told_block_sizes_failed_;
+  std::atomic<bool> told_short_of_memory_ = false;
   std::mutex mutex_;
   /// A program that ends may not close what it cuts off.
   std::list<std::unique_ptr<Connection>> connections_;

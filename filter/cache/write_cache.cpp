@@ -37,24 +37,23 @@ void overlay(Storage::Extents& extents, const Storage::Extent& extent, const Byt
     extents.push_back({rest, extent.type});
 }
 
-std::uint64_t unit_size_for(std::uint64_t cluster_size, std::uint64_t preferred) {
-  return std::bit_ceil(std::max({cluster_size, WriteCache::least_unit_size, preferred}));
-}
-
 } // namespace
 
 WriteCache::WriteCache(Settings settings, const Capabilities& capabilities, RangeLock& ranges,
                        MemoryBudget& budget)
     : settings_(std::move(settings)),
-      preferred_(std::min<std::uint64_t>(capabilities.preferred, settings_.max_write)),
-      alignment_(capabilities.write_alignment()), ranges_(ranges), budget_(budget),
+      preferred_(std::min<std::uint64_t>(capabilities.preferred, largest_unit_size)),
+      completed_block_(capabilities.rewritten_block()), ranges_(ranges), budget_(budget),
       account_(budget), room_(settings_.reserve), size_(capabilities.size),
-      unit_size_(unit_size_for(settings_.cluster_size.value_or(0), preferred_)),
-      wanted_unit_size_(unit_size_), has_layout_(settings_.cluster_size.has_value()) {
+      affordable_(affordable_block()),
+      unit_size_(unit_size_for(settings_.cluster_size.value_or(0))), wanted_unit_size_(unit_size_),
+      has_layout_(settings_.cluster_size.has_value()) {
   if (!settings_.cluster_size)
     return;
   layout_was_read_ = true; // there is nothing to read
-  tell_layout(Lock(mutex_));
+  const Lock lock(mutex_);
+  relayout(lock);
+  tell_layout(lock);
 }
 
 WriteCache::~WriteCache() = default;
@@ -338,6 +337,9 @@ void WriteCache::queue_one_refused(const Lock& lock) {
 void WriteCache::tick() {
   const Lock lock(mutex_);
   const auto now = Unit::Clock::now();
+  const bool changed = std::exchange(shared_at_, moment_) != moment_;
+  share_memory(lock, !all_stored(lock) || (changed && caching(lock)));
+  follow_memory(lock);
   shrink(lock);
   queue_left_behind(lock, now);
   if (may_retry(lock, now))
@@ -355,7 +357,8 @@ void WriteCache::queue_filling(const Lock& lock, Unit::Reason reason) {
 /// Whether a request has to call `tick`, because nobody else does.
 bool WriteCache::due() const {
   const Lock lock(mutex_);
-  return budget_.excess() > 0 || may_retry(lock, Unit::Clock::now());
+  return budget_.excess() > 0 || may_retry(lock, Unit::Clock::now()) ||
+         affordable_block() != affordable_;
 }
 
 bool WriteCache::writing() const {
@@ -407,13 +410,44 @@ std::size_t WriteCache::release_clean(std::size_t bytes) {
 
 // ---- The layout
 
-void WriteCache::relayout(const Lock& lock) {
-  if (settings_.cluster_size)
+std::uint64_t WriteCache::unit_size_for(std::uint64_t cluster_size) const noexcept {
+  return std::bit_ceil(std::max({cluster_size, least_unit_size, affordable_}));
+}
+
+std::uint64_t WriteCache::affordable_block() const {
+  if (preferred_ <= least_unit_size)
+    return preferred_;
+  const std::size_t units = std::max(least_units, least_units_each * budget_.sharers());
+  return std::min(preferred_, std::bit_floor<std::uint64_t>(budget_.limit() / units));
+}
+
+void WriteCache::share_memory(const Lock& /*lock*/, bool shares) {
+  if (shares_ != shares)
+    budget_.set_shares(account_, shares);
+  shares_ = shares;
+}
+
+/// Units become smaller at once where there is less memory, or more who share it; and larger when
+/// nothing has to be written in pieces for that.
+void WriteCache::follow_memory(const Lock& lock) {
+  const std::uint64_t block = affordable_block();
+  if (block == affordable_ || (block > affordable_ && !all_stored(lock)))
     return;
-  const std::optional<qcow2::Header> header = header_.header(size_);
-  has_layout_ = header.has_value();
-  if (header)
-    wanted_unit_size_ = unit_size_for(header->cluster_size(), preferred_);
+  affordable_ = block;
+  relayout(lock);
+  tell_layout(lock);
+}
+
+void WriteCache::relayout(const Lock& lock) {
+  std::optional<std::uint64_t> cluster_size = settings_.cluster_size;
+  if (const auto header = header_.header(size_); header && !cluster_size)
+    cluster_size = header->cluster_size();
+  has_layout_ = cluster_size.has_value();
+  if (cluster_size)
+    wanted_unit_size_ = unit_size_for(*cluster_size);
+  if (has_layout_ && wanted_unit_size_ < preferred_ && settings_.short_of_memory &&
+      budget_.allows_two(wanted_unit_size_, bookkeeping()))
+    settings_.short_of_memory(preferred_, wanted_unit_size_);
   if (has_layout_ && wanted_unit_size_ == unit_size_)
     return;
   // Units of another size, or of an image that is gone, are written as they are, and soon.
@@ -576,6 +610,7 @@ std::uint64_t WriteCache::size() const {
 
 void WriteCache::forget_all() {
   const Lock lock(mutex_);
+  share_memory(lock, !all_stored(lock));
   forget_learned(lock);
 }
 
@@ -772,6 +807,10 @@ WriteCache::Taken WriteCache::absorb(Lock& lock, WriteLine::Place place, const S
     count_write(lock, *request);
   if (!caching(lock) || is_guest(writer))
     return {Absorbed::off};
+  if (!shares_) {
+    share_memory(lock, true);
+    follow_memory(lock);
+  }
   // What completes the blocks of a write was on storage already, and older than whatever anybody in
   // the line asks for.
   const bool completes = !refreshed.empty();
@@ -824,7 +863,7 @@ WriteCache::Taken WriteCache::absorb(Lock& lock, WriteLine::Place place, const S
   bool completed = false;
   const std::size_t unclean = unclean_units_;
   // A write with ragged ends has storage read what completes its blocks.
-  const bool ragged = ((range.begin | range.end) & (alignment_ - 1)) != 0;
+  const bool ragged = ((range.begin | range.end) & (completed_block_ - 1)) != 0;
   last_held_ = ++moment_;
   for_each_unit(lock, range, [&](Unit& unit) {
     const ByteRange part = range.intersection(unit.range());
@@ -870,7 +909,7 @@ bool WriteCache::passes_as_it_came(const Storage& storage, const ByteRange& rang
     return false;
   const Capabilities& capabilities = storage.capabilities();
   const std::uint64_t large = std::min<std::uint64_t>(settings_.max_write, budget_.limit() / 4);
-  return range.size() >= large && align_outward(range, capabilities.write_alignment())
+  return range.size() >= large && align_outward(range, capabilities.rewritten_block())
                                           .intersection({0, capabilities.size}) == range;
 }
 

@@ -105,6 +105,9 @@ public:
     /// the server ends before. Must not throw. Nothing: nobody writes it down.
     std::function<bool()> hold;
     std::function<void()> release;
+    /// Called, with the cache's mutex held, when units are smaller than the blocks that storage
+    /// prefers because there is too little memory for these. Nothing: nobody is told.
+    std::function<void(std::uint64_t preferred, std::uint64_t unit_size)> short_of_memory;
     /// This cache's own; requests to storage are counted by `Storage`.
     std::shared_ptr<Counters> counters = std::make_shared<Counters>();
     Events events;
@@ -112,6 +115,13 @@ public:
 
   /// Units that are at least this large are worth a write on any storage.
   static constexpr std::uint64_t least_unit_size = std::uint64_t{64} * 1024;
+  /// Storage may prefer blocks that are larger: units are not.
+  static constexpr std::uint64_t largest_unit_size = std::uint64_t{32} * 1024 * 1024;
+  /// Units are as large as storage's preferred block where memory holds so many, and so many for
+  /// each export that is written to: some are being filled, of tables too, while others are being
+  /// written.
+  static constexpr std::size_t least_units = 8;
+  static constexpr std::size_t least_units_each = 4;
   /// A partial unit that nobody has written to since this many later units were completed is left
   /// behind: qcow2's allocator has moved on. Measured with 64 backup workers: 0.04 % of appends
   /// come after 16 later units, none after 24.
@@ -313,12 +323,17 @@ private:
   [[nodiscard]] bool clean(const Lock& lock, const ByteRange& range) const;
   void drop_clean(const Lock& lock);
   void drop(const Lock&, Unit& unit);
+  [[nodiscard]] std::uint64_t unit_size_for(std::uint64_t cluster_size) const noexcept;
+  [[nodiscard]] std::uint64_t affordable_block() const;
+  void share_memory(const Lock& lock, bool shares);
+  void follow_memory(const Lock& lock);
   void relayout(const Lock& lock);
   void keep_header(const Lock& lock, std::span<const std::byte> data) noexcept;
   void header_can_be_read();
   [[nodiscard]] bool holds_back() const;
   void header_changed(const Lock& lock, const ByteRange& range);
   [[nodiscard]] Job claim(const Lock& lock, Unit& unit, const Storage& storage);
+  [[nodiscard]] std::uint64_t largest_merged(const Storage& storage) const noexcept;
   [[nodiscard]] bool within_reach(const Lock&, const Unit& unit, const Storage& storage) const;
   [[nodiscard]] bool is_guest(const Storage& storage) const noexcept {
     return storage.is_guest_of(this);
@@ -450,9 +465,10 @@ private:
   void tell_written(const Lock&, Unit::Reason reason);
 
   const Settings settings_;
+  /// Of the first connection's storage: the block that it prefers, as far as a unit may be so
+  /// large, and the one that it completes for each write with ragged ends.
   const std::uint64_t preferred_;
-  /// Of the first connection's storage.
-  const std::uint64_t alignment_;
+  const std::uint64_t completed_block_;
   RangeLock& ranges_;
   MemoryBudget& budget_;
   MemoryBudget::Account account_;
@@ -492,6 +508,12 @@ private:
   std::optional<ByteRange> next_to_reserve_;
   HeaderWatch header_;
   std::uint64_t size_;
+  /// As much of `preferred_` as there was memory for when that was last looked at.
+  std::uint64_t affordable_;
+  /// Whether clients write, and memory is shared with them; and what they had changed when that was
+  /// last looked at.
+  bool shares_ = false;
+  std::uint64_t shared_at_ = 0;
   /// Changed under the mutex, read without it by who only wants to know where to cut a request.
   std::atomic<std::uint64_t> unit_size_;
   std::uint64_t wanted_unit_size_;

@@ -64,8 +64,13 @@ bool WriteCache::within_reach(const Lock& /*lock*/, const Unit& unit,
          !is_guest(storage);
 }
 
+/// Several units are worth one write only where storage gets it as one.
+std::uint64_t WriteCache::largest_merged(const Storage& storage) const noexcept {
+  return std::min<std::uint64_t>(settings_.max_write, storage.capabilities().maximum);
+}
+
 WriteCache::Job WriteCache::claim(const Lock& lock, Unit& unit, const Storage& storage) {
-  const std::uint64_t most = std::max<std::uint64_t>(1, settings_.max_write / unit_size_);
+  const std::uint64_t most = std::max<std::uint64_t>(1, largest_merged(storage) / unit_size_);
   const auto joins = [&](Units::iterator it, std::uint64_t begin) {
     return it != units_.end() && it->first == begin && it->second.turn == Unit::Turn::queued &&
            it->second.full(size_) && within_reach(lock, it->second, storage);
@@ -367,9 +372,14 @@ bool WriteCache::has_gaps(const Job& job, const ByteRange& within) const {
 WriteCache::Segments WriteCache::start(Storage& storage, const Job& job, std::uint64_t& spared) {
   const Capabilities& capabilities = storage.capabilities();
   const std::uint64_t alignment = capabilities.write_alignment();
+  const std::uint64_t rewritten = capabilities.rewritten_block();
   const Lock lock(mutex_);
   Segments segments;
   for (Unit* unit : job) {
+    // What storage would read and rewrite as a whole is completed here: once, whatever the number
+    // of pieces, and then it is known. In a unit that is smaller at least the pieces are one.
+    const bool has_whole = rewritten <= unit->range().size();
+    const std::uint64_t written = has_whole ? rewritten : alignment;
     const ByteRange within = unit->range().intersection({0, capabilities.size});
     unit->written_whole = unit->full(size_);
     unit->started_whole = unit->written_whole;
@@ -382,12 +392,14 @@ WriteCache::Segments WriteCache::start(Storage& storage, const Job& job, std::ui
 
     ByteRanges blocks;
     for (const ByteRange& range : unit->in_flight()) {
-      const ByteRange extended = align_outward(range, alignment).intersection(within);
+      const ByteRange extended = align_outward(range, written).intersection(within);
       const ByteRange gap{blocks.hull().end, extended.begin};
       if (!blocks.empty() && gap.size() <= worth_writing_over && unit->known().contains(gap))
         blocks.add(gap);
       blocks.add(extended);
     }
+    if (!has_whole)
+      blocks.add(blocks.hull());
     for (const ByteRange& range : blocks) {
       for (const ByteRange& zeros : zero_map_.zeros_in(range))
         unit->learn_zeros(zeros);
@@ -418,7 +430,7 @@ std::size_t WriteCache::write_segments(Storage& storage, const Segments& segment
     auto behind = first + 1;
     std::uint64_t size = first->range.size();
     while (behind != segments.end() && behind->range.begin == (behind - 1)->range.end &&
-           size + behind->range.size() <= settings_.max_write) {
+           size + behind->range.size() <= largest_merged(storage)) {
       size += behind->range.size();
       ++behind;
     }

@@ -69,6 +69,17 @@ void MemoryBudget::add_unclean(Account& account, std::ptrdiff_t bytes) noexcept 
   unclean_ += static_cast<std::size_t>(bytes);
 }
 
+void MemoryBudget::set_shares(Account& account, bool shares) noexcept {
+  const std::lock_guard lock(mutex_);
+  account.shares_ = shares;
+}
+
+std::size_t MemoryBudget::sharers() const {
+  const std::lock_guard lock(mutex_);
+  return static_cast<std::size_t>(
+      std::ranges::count_if(accounts_, [](const Account* account) { return account->shares_; }));
+}
+
 void MemoryBudget::write_began(Account& account) noexcept {
   const std::lock_guard lock(mutex_);
   if (account.under_way_ == 0)

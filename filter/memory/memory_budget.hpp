@@ -114,6 +114,7 @@ public:
     MemoryBudget& budget_;
     // Guarded by the budget's mutex.
     std::size_t unclean_ = 0;
+    bool shares_ = false;
     /// Writes that storage has been asked for and has not answered.
     std::size_t under_way_ = 0;
     /// Storage has taken the last write that it answered.
@@ -123,6 +124,10 @@ public:
   };
   /// Tells how much more of what was handed out holds data that storage lacks.
   void add_unclean(Account& account, std::ptrdiff_t bytes) noexcept;
+  /// Tells whether clients write there, so that it needs a share of the memory; and how many
+  /// holders do.
+  void set_shares(Account& account, bool shares) noexcept;
+  [[nodiscard]] std::size_t sharers() const;
   /// Storage is asked for a write, and has answered.
   void write_began(Account& account) noexcept;
   void write_ended(Account& account, bool stored) noexcept;

@@ -47,6 +47,11 @@ std::uint64_t Capabilities::write_alignment() const noexcept {
   return std::max<std::uint64_t>(minimum, std::min<std::uint64_t>(4096, within_maximum));
 }
 
+std::uint64_t Capabilities::rewritten_block() const noexcept {
+  const std::uint64_t alignment = write_alignment();
+  return preferred == maximum ? std::max<std::uint64_t>(preferred, alignment) : alignment;
+}
+
 bool Storage::piece_needs_fua(bool fua, const ByteRange& range, std::uint64_t end) const noexcept {
   const Fua how = capabilities().fua;
   return fua && (how == Fua::native || (how == Fua::emulate && end == range.end));
@@ -54,7 +59,7 @@ bool Storage::piece_needs_fua(bool fua, const ByteRange& range, std::uint64_t en
 
 void Storage::read(std::uint64_t offset, std::span<std::byte> data) {
   for_each_piece({offset, offset + data.size()}, most_for(capabilities(), largest_request),
-                 capabilities().write_alignment(), [&](const ByteRange& piece) {
+                 capabilities().rewritten_block(), [&](const ByteRange& piece) {
                    do_read(piece.begin, data.subspan(piece.begin - offset, piece.size()));
                    count(Count::storage_reads);
                    count(Count::storage_read_bytes, piece.size());
@@ -63,7 +68,7 @@ void Storage::read(std::uint64_t offset, std::span<std::byte> data) {
 
 void Storage::write(std::uint64_t offset, std::span<const std::byte> data, bool fua) {
   const ByteRange range{offset, offset + data.size()};
-  for_each_piece(range, most_for(capabilities(), largest_request), capabilities().write_alignment(),
+  for_each_piece(range, most_for(capabilities(), largest_request), capabilities().rewritten_block(),
                  [&](const ByteRange& piece) {
                    try {
                      do_write(piece.begin, data.subspan(piece.begin - offset, piece.size()),
@@ -87,7 +92,7 @@ void Storage::flush() {
 }
 
 void Storage::zero(const ByteRange& range, const ZeroOptions& options) {
-  for_each_piece(range, most_for(capabilities(), largest_zero), capabilities().write_alignment(),
+  for_each_piece(range, most_for(capabilities(), largest_zero), capabilities().rewritten_block(),
                  [&](const ByteRange& piece) {
                    ZeroOptions piece_options = options;
                    piece_options.fua = piece_needs_fua(options.fua, range, piece.end);
@@ -101,7 +106,7 @@ void Storage::zero(const ByteRange& range, const ZeroOptions& options) {
 void Storage::allocate(const ByteRange& range) {
   ZeroOptions options;
   options.fast = capabilities().can_fast_zero;
-  for_each_piece(range, most_for(capabilities(), largest_request), capabilities().write_alignment(),
+  for_each_piece(range, most_for(capabilities(), largest_request), capabilities().rewritten_block(),
                  [&](const ByteRange& piece) {
                    do_zero(piece, options);
                    count(Count::storage_zeros);
@@ -109,7 +114,7 @@ void Storage::allocate(const ByteRange& range) {
 }
 
 void Storage::trim(const ByteRange& range, bool fua) {
-  for_each_piece(range, most_for(capabilities(), largest_zero), capabilities().write_alignment(),
+  for_each_piece(range, most_for(capabilities(), largest_zero), capabilities().rewritten_block(),
                  [&](const ByteRange& piece) {
                    do_trim(piece, piece_needs_fua(fua, range, piece.end));
                    count(Count::storage_trims);
@@ -119,20 +124,20 @@ void Storage::trim(const ByteRange& range, bool fua) {
 }
 
 void Storage::cache(const ByteRange& range) {
-  for_each_piece(range, most_for(capabilities(), largest_request), capabilities().write_alignment(),
+  for_each_piece(range, most_for(capabilities(), largest_request), capabilities().rewritten_block(),
                  [&](const ByteRange& piece) { do_cache(piece); });
 }
 
 std::uint64_t Storage::pieces(const ByteRange& range) const noexcept {
   std::uint64_t count = 0;
-  for_each_piece(range, most_for(capabilities(), largest_zero), capabilities().write_alignment(),
+  for_each_piece(range, most_for(capabilities(), largest_zero), capabilities().rewritten_block(),
                  [&](const ByteRange& /*piece*/) { ++count; });
   return count;
 }
 
 Storage::Extents Storage::extents(const ByteRange& range, bool only_first) {
   const std::uint64_t most = most_for(capabilities(), largest_request);
-  const ByteRange piece = first_piece(range, most, capabilities().write_alignment());
+  const ByteRange piece = first_piece(range, most, capabilities().rewritten_block());
   Extents found = do_extents(piece, only_first);
   // Storage may speak of more than it was asked about.
   for (Extent& extent : found)

@@ -43,13 +43,16 @@ struct Capabilities {
   /// The multiple on which writes and fill-up reads begin and end: 4096 where that lies within the
   /// storage's limits.
   [[nodiscard]] std::uint64_t write_alignment() const noexcept;
+  /// Storage that takes no more at once than it prefers, as object stores do, keeps blocks of that
+  /// size as a whole, and rewrites one for anything less. Elsewhere the alignment.
+  [[nodiscard]] std::uint64_t rewritten_block() const noexcept;
 };
 
 /// Whether storage has said that it is full: of one request it will most likely say so of the next.
 [[nodiscard]] bool no_room(const std::error_code& error) noexcept;
 
 /// The storage below, as one connection sees it. Requests larger than storage's maximum are split
-/// here, on multiples of its alignment, so nobody else needs to know about maxima.
+/// here, on multiples of what it rewrites, so nobody else needs to know about maxima.
 ///
 /// Every function throws std::system_error (generic category) with storage's own errno, EIO where
 /// it gave none. Ranges lie within the size and begin and end on multiples of the minimum block

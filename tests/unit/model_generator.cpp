@@ -59,10 +59,11 @@ private:
     setup.hurried = chance(50);
     setup.retries = chance(30);
     setup.minimum = chance(70) ? 1 : one_of<std::uint64_t>({512, 4096, unit});
-    setup.preferred = std::max(setup.minimum, one_of<std::uint64_t>({512, 4096, 2 * unit}));
+    setup.preferred =
+        std::max(setup.minimum, one_of<std::uint64_t>({512, 4096, 2 * unit, 4 * unit}));
     if (chance(30))
       setup.maximum =
-          std::max(setup.minimum, one_of<std::uint64_t>({512, 3000, 4096, 50000, unit}));
+          std::max(setup.minimum, one_of<std::uint64_t>({512, 3000, 4096, 50000, unit, 2 * unit}));
     setup.maximum = setup.maximum / setup.minimum * setup.minimum;
     setup.size = some_size();
     size_ = setup.size;

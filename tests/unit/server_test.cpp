@@ -182,6 +182,21 @@ TEST_CASE("storage that failed to tell its block sizes is used, and the operator
   CHECK(complaints[0].find("--filter=blocksize-policy") != std::string::npos);
 }
 
+TEST_CASE("the operator is told once of units that are smaller than storage prefers", "[server]") {
+  Program program({{"writers", "0"}, {"size", "1M"}});
+  Capabilities large = MemoryStorage::everything(disk_size);
+  large.preferred = 1024 * 1024;
+  for (int i = 0; i < 2; ++i) {
+    Connection& connection = program.connect(std::make_unique<MemoryStorage>(large, image()));
+    connection.write(unit + 17, pattern(700, 1), false);
+    program.close(connection);
+  }
+  const std::vector<std::string> complaints = program.complaints();
+  REQUIRE(complaints.size() == 1);
+  CHECK(complaints[0].find("qcowcache-size, now 1048576, is too small") != std::string::npos);
+  CHECK(complaints[0].find("131072 bytes") != std::string::npos);
+}
+
 TEST_CASE("a new size counts with the next request", "[server]") {
   const ScratchDirectory scratch;
   std::ofstream(scratch.file("size")) << "1M";

@@ -388,6 +388,21 @@ TEST_CASE("a lower limit takes effect as memory comes back, a higher one at once
   CHECK(budget.try_take(8 * page, 0));
 }
 
+TEST_CASE("those who need a share of the memory are counted", "[memory_budget]") {
+  MemoryBudget budget(1024 * kibibyte);
+  MemoryBudget::Account first(budget);
+  CHECK(budget.sharers() == 0);
+  {
+    MemoryBudget::Account second(budget);
+    budget.set_shares(first, true);
+    budget.set_shares(second, true);
+    CHECK(budget.sharers() == 2);
+  }
+  CHECK(budget.sharers() == 1);
+  budget.set_shares(first, false);
+  CHECK(budget.sharers() == 0);
+}
+
 TEST_CASE("a fair share is half of the memory for one, and leaves some for the next",
           "[memory_budget]") {
   MemoryBudget budget(8 * page);

@@ -174,6 +174,21 @@ TEST_CASE("larger requests are split on multiples of the alignment", "[storage]"
   CHECK(storage.requests() == "cache 4095-8192, cache 8192-12300");
 }
 
+TEST_CASE("requests to storage that rewrites whole blocks are split between these", "[storage]") {
+  Capabilities objects = blocks(1, 65536);
+  objects.preferred = 65536;
+  CHECK(objects.rewritten_block() == 65536);
+  Recorder storage(objects);
+  write(storage, {4096, 200'000});
+  CHECK(storage.requests() == "write 4096-65536, write 65536-131072, write 131072-196608, "
+                              "write 196608-200000");
+  objects.maximum = 131072;
+  CHECK(objects.rewritten_block() == 4096);
+  objects.preferred = objects.maximum = 512;
+  CHECK(objects.rewritten_block() == 512);
+  CHECK(Capabilities{}.rewritten_block() == 4096);
+}
+
 TEST_CASE("each piece of a read lands in its place", "[storage]") {
   Recorder storage(blocks(1, 4096));
   std::vector<std::byte> data(3 * 4096);
