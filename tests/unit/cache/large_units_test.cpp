@@ -145,7 +145,7 @@ TEST_CASE("units follow the memory: smaller at once, larger when all is stored",
   budget.set_limit(64 * mebibyte);
   bench.cache->tick();
   CHECK(bench.cache->unit_size() == 2 * mebibyte);
-  CHECK(bench.ranges_of(Kind::write).empty());
+  CHECK_FALSE(bench.cache->writing());
   bench.cache->flush(bench.storage);
   bench.cache->tick();
   CHECK(bench.cache->unit_size() == 4 * mebibyte);
