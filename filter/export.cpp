@@ -22,12 +22,13 @@ std::shared_ptr<Image> Export::make_image(const Capabilities& capabilities) {
   image->begin(
       capabilities, shared_from_this(),
       [this](const Image& by, const ByteRange& range) { changed_storage(by, range); },
-      shared && std::exchange(look_at_all_, false),
+      shared && look_at_all_,
       [this] {
         const std::lock_guard lock(mutex_);
-        return has_one_image();
+        return has_one_writer();
       });
   images.insert(images.begin(), image);
+  look_at_all_ = look_at_all_ && !shared;
   ++version_;
   return image;
 }
@@ -39,7 +40,7 @@ void Export::remove(const std::shared_ptr<Image>& image) {
   if (shared != shared_.end())
     shared_.erase(shared);
   else
-    own_.erase(std::ranges::find(own_, image));
+    std::erase(own_, image);
   ++version_;
 }
 
@@ -99,11 +100,16 @@ std::shared_ptr<Image> Export::enter(const std::shared_ptr<Handle>& handle,
         found.standing = Image::Standing::trusted;
       }
       if (found.image != present) {
-        if (present)
-          leave_image(*handle, present);
         // Who has compared himself with what is left has somebody to be compared with now.
         version_ += found.image->is_used() ? 0 : 1;
-        found.image->join(handle);
+        try {
+          found.image->join(handle);
+        } catch (...) {
+          leave_image(*handle, found.image); // the present one it still uses
+          throw;
+        }
+        if (present)
+          leave_image(*handle, present);
       }
       if (found.standing != Image::Standing::guest)
         found.image->cache().trust(handle->identity());
@@ -148,7 +154,8 @@ void Export::changed_storage(const Image& by, const ByteRange& range) const {
   bool shares = false;
   {
     const std::lock_guard lock(mutex_);
-    if (has_one_image())
+    const Images& any = shared_.empty() ? own_ : shared_;
+    if (shared_.size() + own_.size() == 1 && any.front().get() == &by)
       return;
     shares = std::ranges::any_of(shared_, [&](const auto& each) { return each.get() == &by; });
     others = shared_;
@@ -163,6 +170,13 @@ void Export::changed_storage(const Image& by, const ByteRange& range) const {
         verifier->forget(range);
     }
   }
+}
+
+bool Export::has_one_writer() const {
+  const auto may_write = [](const std::shared_ptr<Image>& image) {
+    return image->is_used() || image->owes() == Image::Debt::bytes;
+  };
+  return std::ranges::count_if(shared_, may_write) + std::ranges::count_if(own_, may_write) <= 1;
 }
 
 Image::Debt Export::owes() const {

@@ -79,8 +79,8 @@ private:
     Images others;
   };
 
-  /// REQUIRES: the mutex is held.
-  [[nodiscard]] bool has_one_image() const noexcept { return shared_.size() + own_.size() == 1; }
+  /// Whether no more than one image can change storage. REQUIRES: the mutex is held.
+  [[nodiscard]] bool has_one_writer() const;
   [[nodiscard]] static Comparison compare(Images candidates, Handle& handle,
                                           const std::shared_ptr<Image>& present,
                                           const Image::Request& request);

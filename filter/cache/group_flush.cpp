@@ -5,45 +5,47 @@
 
 namespace qcowcache {
 
-bool GroupFlush::flush(Storage& storage, bool shares, const std::function<void()>& still_wanted) {
+void GroupFlush::flush(Storage& storage, bool shares, std::optional<std::uint64_t> moment,
+                       const std::function<void()>& still_wanted) {
   constexpr std::chrono::milliseconds between_questions{50};
   std::unique_lock lock(mutex_);
   const std::uint64_t needed = begun_ + 1;
   const auto enough = std::chrono::steady_clock::now() + patience_;
-  while (shares && running_ && !has_failed_ && std::chrono::steady_clock::now() < enough) {
+  while (shares && running_ && failures_ == 0 && std::chrono::steady_clock::now() < enough) {
     ended_.wait_for(lock, std::min(between_questions, patience_));
-    if (succeeded_ >= needed && !has_failed_)
-      return false;
+    if (succeeded_ >= needed && failures_ == 0)
+      return;
     lock.unlock();
     still_wanted();
     lock.lock();
   }
-  if (shares && succeeded_ >= needed && !has_failed_)
-    return false;
+  if (shares && succeeded_ >= needed && failures_ == 0)
+    return;
   const bool leads = shares && !running_;
   const std::uint64_t number = leads ? ++begun_ : 0;
+  const std::uint64_t failures = failures_;
   running_ = running_ || leads;
   lock.unlock();
   try {
     storage.flush();
   } catch (...) {
     lock.lock();
-    has_failed_ = has_failed_ || shares;
+    note_failed();
     running_ = running_ && !leads;
-    ended_.notify_all();
     throw;
   }
   lock.lock();
+  if (moment && failures_ == failures)
+    note_flushed(storage, *moment);
   if (leads) {
     running_ = false;
     succeeded_ = number;
     ended_.notify_all();
   }
-  return true;
 }
 
-void GroupFlush::flushed(const Storage& storage, std::uint64_t moment) noexcept {
-  const std::lock_guard lock(mutex_);
+/// REQUIRES: the mutex is held.
+void GroupFlush::note_flushed(const Storage& storage, std::uint64_t moment) noexcept {
   for (auto& [each, last] : flushed_) {
     if (each == &storage) {
       last = std::max(last, moment);
@@ -56,9 +58,21 @@ void GroupFlush::flushed(const Storage& storage, std::uint64_t moment) noexcept 
   }
 }
 
+/// REQUIRES: the mutex is held.
+void GroupFlush::note_failed() noexcept {
+  ++failures_;
+  flushed_.clear();
+  ended_.notify_all();
+}
+
 bool GroupFlush::is_flushed(const Storage& storage, std::uint64_t moment) const noexcept {
   const std::lock_guard lock(mutex_);
   return std::ranges::find(flushed_, std::pair(&storage, moment)) != flushed_.end();
+}
+
+void GroupFlush::failed() noexcept {
+  const std::lock_guard lock(mutex_);
+  note_failed();
 }
 
 void GroupFlush::forget(const Storage& storage) noexcept {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <mutex>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -28,19 +29,23 @@ public:
   explicit GroupFlush(std::chrono::milliseconds patience = std::chrono::seconds(1)) noexcept
       : patience_(patience) {}
 
-  /// Flushes, by this storage unless it may share (`shares`). `still_wanted` is called now and then
-  /// while it waits, with no mutex held, and may throw to end that. Returns whether it was this
-  /// storage itself that was flushed. Throws its error.
-  bool flush(Storage& storage, bool shares, const std::function<void()>& still_wanted);
-
-  /// The storage itself has been flushed: what was changed until `moment` is durable.
-  void flushed(const Storage& storage, std::uint64_t moment) noexcept;
-  /// Whether it has, and nothing was changed between.
+  /// Flushes, by this storage unless it may share (`shares`). `moment`, if any, is how far all
+  /// changes are on storage already, for `is_flushed`. `still_wanted` is called now and then while
+  /// it waits, with no mutex held, and may throw to end that; it does not wait unless it shares.
+  /// Throws storage's error.
+  void flush(Storage& storage, bool shares, std::optional<std::uint64_t> moment,
+             const std::function<void()>& still_wanted);
+  /// Whether this storage itself has been flushed at this moment, and no flush has failed since.
   [[nodiscard]] bool is_flushed(const Storage& storage, std::uint64_t moment) const noexcept;
-  /// It is gone, or another disk's.
+  /// Storage has told somebody of an error that it may tell only once.
+  void failed() noexcept;
+  /// It is gone.
   void forget(const Storage& storage) noexcept;
 
 private:
+  void note_flushed(const Storage& storage, std::uint64_t moment) noexcept;
+  void note_failed() noexcept;
+
   const std::chrono::milliseconds patience_;
   mutable std::mutex mutex_;
   std::condition_variable ended_;
@@ -49,7 +54,7 @@ private:
   std::uint64_t begun_ = 0;
   /// The latest that has succeeded.
   std::uint64_t succeeded_ = 0;
-  bool has_failed_ = false;
+  std::uint64_t failures_ = 0;
   std::vector<std::pair<const Storage*, std::uint64_t>> flushed_;
 };
 

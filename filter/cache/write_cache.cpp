@@ -644,13 +644,15 @@ void WriteCache::trust(Storage& user) {
 void WriteCache::leave(const Storage& user) noexcept {
   const Lock lock(mutex_);
   std::erase(users_, &user);
-  flushes_.forget(user);
+  flushes_->forget(user);
 }
 
 bool WriteCache::found_anew(const Storage& founder) {
+  auto flushes = std::make_shared<GroupFlush>();
   const Lock lock(mutex_);
   if (!all_stored(lock))
     return false;
+  flushes_ = std::move(flushes);
   for (Storage* const user : users_)
     user->set_trusted_by(user == &founder ? this : nullptr);
   witnesses_.clear();
@@ -1005,7 +1007,8 @@ void WriteCache::take(InLine& place, Storage& storage, std::uint64_t offset,
     if (due())
       tick();
     // Its own share, and one more so that nothing waits for ever: others pay for theirs.
-    for (std::uint64_t writes = 2 + data.size() / settings_.max_write;
+    const std::uint64_t each = std::max(unit_size(), largest_merged(storage));
+    for (std::uint64_t writes = 2 + data.size() / each;
          writes > 0 && !holds_back() && write_next(storage); --writes) {
     }
   }
@@ -1032,31 +1035,36 @@ bool WriteCache::recorded() const {
 
 /// Flushes storage: where it had everything before, and nothing was held meanwhile, there is
 /// nothing then that a crash could take.
-void WriteCache::flush_storage(Storage& storage) {
+void WriteCache::flush_storage(Storage& storage, bool may_share) {
   // A guest's may be another disk.
   const auto held_if_stored = [&](const Lock& lock) {
     return all_stored(lock) && !is_guest(storage) ? std::optional(last_held_) : std::nullopt;
   };
   std::optional<std::uint64_t> held;
   std::uint64_t changed = 0;
+  // Those who share it are trusted together: who founds the cache anew shares with nobody before.
+  std::shared_ptr<GroupFlush> flushes;
   bool shares = false;
   {
     const Lock lock(mutex_);
     held = held_if_stored(lock);
     changed = moment_;
-    shares = storage.capabilities().can_multi_conn && !is_guest(storage);
-    if (held && !recorded_ && flushes_.is_flushed(storage, changed))
+    flushes = flushes_;
+    const Capabilities& capabilities = storage.capabilities();
+    // Where nothing is cached storage gets the requests that clients send.
+    const bool as_it_came = !caching(lock);
+    shares = may_share && capabilities.can_multi_conn && capabilities.can_flush &&
+             !is_guest(storage) && !as_it_came;
+    if (held && !recorded_ && !as_it_came && flushes->is_flushed(storage, changed))
       return;
   }
-  const bool itself = flushes_.flush(storage, shares, [this] { stay_connected(); });
+  flushes->flush(storage, shares, held ? std::optional(changed) : std::nullopt,
+                 [this] { stay_connected(); });
   {
     const Lock lock(mutex_);
-    if (held && !is_guest(storage)) {
+    if (held && !is_guest(storage) && flushes == flushes_)
       flushed_ = std::max(flushed_, changed);
-      if (itself)
-        flushes_.flushed(storage, changed);
-    }
-    const bool settled = held && held_if_stored(lock) == held;
+    const bool settled = held && held_if_stored(lock) == held && flushes == flushes_;
     if (!settled || !std::exchange(recorded_, false))
       return;
   }
@@ -1507,8 +1515,10 @@ void WriteCache::discard(const Lock& lock, const ByteRange& range) {
 }
 
 void WriteCache::forget(const ByteRange& range) {
+  const Lock lock(mutex_);
+  ++moment_; // by a connection, maybe, that uses this cache by now
   // Witnesses stay: the other cache may be another's because its disk was found to differ in them.
-  forget(Lock(mutex_), range);
+  forget(lock, range);
 }
 
 void WriteCache::forget_witnesses(const ByteRange& range) {
@@ -1554,7 +1564,8 @@ void WriteCache::failed_on_storage(const ByteRange& range) {
   // Storage may have changed some of it. Bytes that are dirty will be written once more.
   {
     const Lock lock(mutex_);
-    ++moment_; // a flush makes what was changed durable for those who have read it
+    ++moment_;          // a flush makes what was changed durable for those who have read it
+    flushes_->failed(); // it may have been one of FUA
     forget(lock, range);
     witnesses_.changed(range);
   }
@@ -1586,7 +1597,7 @@ void WriteCache::flush(Storage& storage) {
   settings_.counters->add(Count::client_flushes);
   if (const std::error_code error = write_owed(storage, Unit::Reason::flush))
     throw std::system_error(error, "not everything could be stored");
-  flush_storage(storage);
+  flush_storage(storage, true);
 }
 
 std::error_code WriteCache::drain(Storage& storage) {
@@ -1594,7 +1605,7 @@ std::error_code WriteCache::drain(Storage& storage) {
   // Others may have had stored what was refused here.
   if (recorded() && clean()) {
     try {
-      flush_storage(storage);
+      flush_storage(storage, false); // it may be the last chance, and the server about to end
     } catch (const std::system_error& refusal) {
       error = error ? error : refusal.code();
     }

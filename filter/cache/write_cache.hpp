@@ -397,7 +397,7 @@ private:
                std::span<std::byte> refreshed);
   void wake(std::size_t waiting) const;
   [[nodiscard]] bool record();
-  void flush_storage(Storage& storage);
+  void flush_storage(Storage& storage, bool may_share);
   [[nodiscard]] bool all_flushed() const;
   [[nodiscard]] bool has_room(const Lock&, const Storage& storage,
                               const ByteRange& unit) const noexcept;
@@ -535,7 +535,8 @@ private:
   bool no_trust_ = false;
   /// Who was admitted, and has not left.
   std::vector<Storage*> users_;
-  GroupFlush flushes_;
+  /// Of those who are trusted together: another one with each founder.
+  std::shared_ptr<GroupFlush> flushes_ = std::make_shared<GroupFlush>();
   Witnesses witnesses_;
   /// How often a flush, or the end of a connection, has asked for units to be written.
   std::uint64_t attempts_ = 0;

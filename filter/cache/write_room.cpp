@@ -351,8 +351,13 @@ void WriteCache::give_back_room(Storage& storage) {
   }
   // A filesystem may use it for what follows only when it has been told to keep what there is. An
   // error must not be for bytes that a client is still to hear of: storage may say it only once.
+  std::shared_ptr<GroupFlush> flushes;
+  {
+    const Lock lock(mutex_);
+    flushes = flushes_;
+  }
   if (all_flushed())
-    storage.flush();
+    flushes->flush(storage, false, std::nullopt, {});
 }
 
 /// Throws storage's error.

@@ -1,6 +1,7 @@
 #include "cache/group_flush.hpp"
 
 #include "catch.hpp"
+#include "error_of.hpp"
 #include "memory_storage.hpp"
 #include "watched_thread.hpp"
 
@@ -8,7 +9,9 @@
 #include <cerrno>
 #include <chrono>
 #include <cstddef>
+#include <cstdint>
 #include <latch>
+#include <optional>
 #include <stdexcept>
 #include <system_error>
 
@@ -46,10 +49,11 @@ private:
 /// A thread that flushes, and what has come of it: 0, an errno, or -1 as long as it has not ended.
 class Flushing {
 public:
-  Flushing(GroupFlush& group, Flusher& flusher, bool shares = true)
-      : thread_([this, &group, &flusher, shares] {
+  Flushing(GroupFlush& group, Flusher& flusher, bool shares = true,
+           std::optional<std::uint64_t> moment = std::nullopt)
+      : thread_([this, &group, &flusher, shares, moment] {
           try {
-            itself = group.flush(flusher.storage, shares, [] {});
+            group.flush(flusher.storage, shares, moment, [] {});
             result = 0;
           } catch (const std::system_error& error) {
             result = error.code().value();
@@ -58,7 +62,6 @@ public:
   [[nodiscard]] bool waits() { return thread_.waits(); }
   [[nodiscard]] int ends() { return thread_.ends() ? result.load() : -1; }
 
-  std::atomic<bool> itself = false;
   std::atomic<int> result = -1;
 
 private:
@@ -88,8 +91,6 @@ TEST_CASE("flushes that come while one is under way share the next", "[group_flu
   second.goes_on();
   CHECK(follows.ends() == 0);
   CHECK(follows_too.ends() == 0);
-  CHECK(leads.itself);
-  CHECK(follows.itself != follows_too.itself);
   CHECK(second.flushes() + third.flushes() == 1);
 }
 
@@ -107,7 +108,7 @@ TEST_CASE("one that had begun before is no answer", "[group_flush]") {
   CHECK(follows.ends() == 0);
   CHECK(second.flushes() == 1);
   // Nor is one that has ended.
-  CHECK(group.flush(second.storage, true, [] {}));
+  group.flush(second.storage, true, std::nullopt, [] {});
   CHECK(second.flushes() == 2);
 }
 
@@ -125,14 +126,14 @@ TEST_CASE("once a flush has failed each asks storage for itself", "[group_flush]
   first.goes_on();
   CHECK(fails.ends() == EIO);
   CHECK(follows.ends() == 0);
-  CHECK(follows.itself);
+  CHECK(second.flushes() == 1);
   // For good: who has not been told of what is lost must not share with who has.
   second.holds_up = true;
   Flushing held_up(group, second);
   second.wait_until_entered();
   Flushing own(group, third);
   CHECK(own.ends() == 0);
-  CHECK(own.itself);
+  CHECK(third.flushes() == 1);
   second.goes_on();
   CHECK(held_up.ends() == 0);
 }
@@ -160,7 +161,7 @@ TEST_CASE("nobody waits for ever for a connection that hangs", "[group_flush]") 
   hangs.wait_until_entered();
   Flushing other(group, second);
   CHECK(other.ends() == 0);
-  CHECK(other.itself);
+  CHECK(second.flushes() == 1);
   hangs.goes_on();
   CHECK(hanging.ends() == 0);
 }
@@ -173,24 +174,43 @@ TEST_CASE("whose client is gone waits for nobody's flush", "[group_flush]") {
   Flushing leads(group, first);
   first.wait_until_entered();
   const auto gone = [] { throw std::runtime_error("gone"); };
-  CHECK_THROWS_AS(group.flush(second.storage, true, gone), std::runtime_error);
+  CHECK_THROWS_AS(group.flush(second.storage, true, std::nullopt, gone), std::runtime_error);
   CHECK(second.flushes() == 0);
   first.goes_on();
   CHECK(leads.ends() == 0);
 }
 
-TEST_CASE("what was flushed is known of each connection", "[group_flush]") {
+TEST_CASE("what was flushed is known of each connection, until a flush fails", "[group_flush]") {
   GroupFlush group;
-  const Flusher one;
-  const Flusher other;
-  group.flushed(one.storage, 7);
+  Flusher one;
+  Flusher other;
+  const auto flush = [&](Flusher& flusher, std::optional<std::uint64_t> moment) {
+    return error_of([&] { group.flush(flusher.storage, true, moment, [] {}); });
+  };
+  REQUIRE(flush(one, 7) == 0);
   CHECK(group.is_flushed(one.storage, 7));
   CHECK_FALSE(group.is_flushed(one.storage, 8));
   CHECK_FALSE(group.is_flushed(other.storage, 7));
-  group.flushed(one.storage, 6); // by one that began earlier
+  REQUIRE(flush(one, 6) == 0); // asked for earlier
+  REQUIRE(flush(one, std::nullopt) == 0);
   CHECK(group.is_flushed(one.storage, 7));
-  group.flushed(one.storage, 8);
+  REQUIRE(flush(one, 8) == 0);
   CHECK(group.is_flushed(one.storage, 8));
   group.forget(one.storage);
+  CHECK_FALSE(group.is_flushed(one.storage, 8));
+  REQUIRE(flush(one, 8) == 0);
+  other.fails = true;
+  REQUIRE(flush(other, 8) == EIO);
+  CHECK_FALSE(group.is_flushed(one.storage, 8));
+  REQUIRE(flush(one, 8) == 0);
+  group.failed(); // by FUA
+  CHECK_FALSE(group.is_flushed(one.storage, 8));
+  // Nor by one that had begun before.
+  one.holds_up = true;
+  Flushing held_up(group, one, true, 8);
+  one.wait_until_entered();
+  REQUIRE(flush(other, 8) == EIO);
+  one.goes_on();
+  REQUIRE(held_up.ends() == 0);
   CHECK_FALSE(group.is_flushed(one.storage, 8));
 }

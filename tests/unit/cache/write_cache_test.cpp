@@ -146,7 +146,7 @@ TEST_CASE("a flush behind which nothing was changed is answered at once", "[writ
   // The first asks storage: who was there before may have changed something.
   CHECK(flushes() == 1);
   CHECK(flushes() == 0);
-  const auto changes = GENERATE(0, 1, 2, 3, 4);
+  const auto changes = GENERATE(0, 1, 2, 3, 4, 5);
   switch (changes) {
   case 0:
     bench.write(3 * unit, pattern(300, 1));
@@ -159,6 +159,9 @@ TEST_CASE("a flush behind which nothing was changed is answered at once", "[writ
     break;
   case 3:
     bench.cache->trim(bench.storage, {unit, 2 * unit}, false);
+    break;
+  case 4: // through another cache, which this connection may have left meanwhile
+    bench.cache->forget({unit, 2 * unit});
     break;
   default: // some of it may be on storage, where others have read it
     const Refusal refusal(bench.storage, Kind::write, EIO);
@@ -174,6 +177,55 @@ TEST_CASE("a flush behind which nothing was changed is answered at once", "[writ
   MemoryStorage other(bench.storage.capabilities());
   bench.cache->flush(other);
   CHECK(other.calls(Kind::flush).size() == 1);
+}
+
+TEST_CASE("a flush is not shared with whoever founds the image anew", "[write_cache]") {
+  Bench bench;
+  MemoryStorage slow(bench.storage.capabilities());
+  MemoryStorage founder(bench.storage.capabilities());
+  for (MemoryStorage* const storage : {&bench.storage, &slow}) {
+    bench.cache->admit(*storage);
+    bench.cache->trust(*storage);
+  }
+  Gate gate(slow, Kind::flush);
+  WatchedThread flushes([&] { bench.cache->flush(slow); });
+  gate.wait_until_reached();
+  WatchedThread waits([&] { bench.cache->flush(bench.storage); });
+  REQUIRE(waits.waits());
+  // The file has been replaced, and all that the others wrote is on the one before.
+  bench.cache->admit(founder);
+  REQUIRE(bench.cache->found_anew(founder));
+  WatchedThread founds([&] { bench.cache->flush(founder); });
+  static_cast<void>(founds.waits());
+  gate.let_go();
+  REQUIRE(flushes.ends());
+  REQUIRE(waits.ends());
+  REQUIRE(founds.ends());
+  CHECK(bench.storage.calls(Kind::flush).size() == 1);
+  CHECK(founder.calls(Kind::flush).size() == 1);
+}
+
+TEST_CASE("the end of a connection flushes by itself", "[write_cache]") {
+  std::atomic<bool> ends = false;
+  WriteCache::Settings settings;
+  settings.hold = [] { return true; };
+  settings.release = [] {};
+  settings.interrupted = [&] { return ends.load(); };
+  Bench bench(settings);
+  MemoryStorage slow(bench.storage.capabilities());
+  for (MemoryStorage* const storage : {&bench.storage, &slow}) {
+    bench.cache->admit(*storage);
+    bench.cache->trust(*storage);
+  }
+  bench.write(3 * unit, pattern(300, 1));
+  Gate gate(slow, Kind::flush);
+  WatchedThread flushes([&] { bench.cache->flush(slow); });
+  gate.wait_until_reached();
+  ends = true;
+  CHECK(bench.cache->drain(bench.storage) == std::error_code());
+  CHECK(bench.storage.calls(Kind::flush).size() == 1);
+  gate.let_go();
+  REQUIRE(flushes.ends());
 }
 
 TEST_CASE("a flush writes partial units on whole blocks, reading nothing that is known",
