@@ -158,7 +158,7 @@ TEST_CASE("units follow the memory: smaller at once, larger when all is stored",
   bench.write(13 * mebibyte, data);
   CHECK(bench.cache->unit_size() == 1 * mebibyte);
   bench.cache->flush(bench.storage);
-  for (const std::uint64_t begin : {5, 9, 13})
+  for (const std::uint64_t begin : {std::uint64_t{5}, std::uint64_t{9}, std::uint64_t{13}})
     CHECK(bench.storage.disk().now({begin * mebibyte, begin * mebibyte + 1000}) == data);
   CHECK(bench.storage.violations().empty());
 }
