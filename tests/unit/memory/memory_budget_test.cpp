@@ -2,6 +2,7 @@
 
 #include "catch.hpp"
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -251,7 +252,7 @@ TEST_CASE("reclaiming asks one holder after the other for what is still wanted",
 
 TEST_CASE("each reclaim begins with the next holder", "[memory_budget]") {
   Held held;
-  const auto holders = {held.add("a", 1000), held.add("b", 1000), held.add("c", 1000)};
+  const std::array holders{held.add("a", 1000), held.add("b", 1000), held.add("c", 1000)};
   for (int i = 0; i < 6; ++i)
     CHECK(held.budget.reclaim(1));
   CHECK(held.asked == "a1 b1 c1 a1 b1 c1 ");
