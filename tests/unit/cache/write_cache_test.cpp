@@ -195,6 +195,8 @@ TEST_CASE("a flush is not shared with whoever founds the image anew", "[write_ca
   // The file has been replaced, and all that the others wrote is on the one before.
   bench.cache->admit(founder);
   REQUIRE(bench.cache->found_anew(founder));
+  founder.disk().write(0, qcow2_header(16), true);
+  bench.cache->learn_layout(founder);
   WatchedThread founds([&] { bench.cache->flush(founder); });
   static_cast<void>(founds.waits());
   gate.let_go();
