@@ -4,6 +4,7 @@
 #include "cache/write_cache.hpp"
 
 #include "catch.hpp"
+#include "gate.hpp"
 #include "image_bytes.hpp"
 #include "memory_storage.hpp"
 #include "watched_thread.hpp"
@@ -11,7 +12,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <latch>
 #include <list>
 #include <memory>
 #include <optional>
@@ -269,19 +269,12 @@ TEST_CASE("what clients write while the rest of an object is read is not lost", 
   const auto first = pattern(4096, 2);
   const auto second = pattern(10'000, 3);
   bench.write(4 * mebibyte, first);
-  std::latch reading{1};
-  std::latch written{1};
-  bench.storage.before = [&](const MemoryStorage::Call& call) {
-    if (call.kind == Kind::read) {
-      reading.count_down();
-      written.wait();
-    }
-  };
+  Gate gate(bench.storage, Kind::read);
   {
     WatchedThread flushing([&] { bench.cache->flush(bench.storage); });
-    reading.wait();
+    gate.wait_until_reached();
     bench.write(4 * mebibyte + 2000, second); // over both
-    written.count_down();
+    gate.let_go();
   }
   auto expected = before;
   std::ranges::copy(first, expected.begin());
