@@ -199,12 +199,13 @@ void Connection::drain() noexcept {
   if (!handle_->ends_changing() && !recorded)
     return;
   const bool last = !image.is_changed_by_others(*handle_);
+  const std::shared_ptr<Verifier> verifier = image.verifier();
   const auto write_all = [&]() noexcept {
     try {
       std::optional<Handle::Use> use = handle_->use();
       if (!use)
         return;
-      const InUse in_use{image.cache(), std::move(*use), image.verifier()};
+      const InUse in_use{image.cache(), std::move(*use), verifier};
       in_use.cache.drain(in_use.use.storage());
       check_at_end(in_use);
       if (last)
@@ -213,7 +214,6 @@ void Connection::drain() noexcept {
       // What is left is found, and reported, by whoever looks at the cache next.
     }
   };
-  const std::shared_ptr<Verifier> verifier = image.verifier();
   if (const std::optional<Handle::Use> use = handle_->use(); use && verifier)
     verifier->ends(&use->storage());
   const bool unchecked = verifier && verifier->has_work_at_end();

@@ -79,9 +79,8 @@ Connection& Server::open(std::string export_name) {
 }
 
 void Server::begin(Connection& connection, std::unique_ptr<Storage> storage) {
-  if (storage->capabilities().block_sizes_failed)
-    std::call_once(told_block_sizes_failed_,
-                   [&] { report(connection.export_name(), block_sizes_failed); });
+  if (storage->capabilities().block_sizes_failed && !told_block_sizes_failed_.exchange(true))
+    report(connection.export_name(), block_sizes_failed);
   if (reads_back_) {
     const auto report = [this, name = connection.export_name()](const ByteRange& range,
                                                                 std::uint64_t first_difference) {

@@ -84,7 +84,7 @@ private:
   Exports exports_;
   const std::optional<std::chrono::seconds> stats_interval_;
   std::optional<StatsFile> stats_file_;
-  std::once_flag told_block_sizes_failed_;
+  std::atomic<bool> told_block_sizes_failed_ = false;
   std::atomic<bool> told_short_of_memory_ = false;
   std::mutex mutex_;
   /// A program that ends may not close what it cuts off.

@@ -10,16 +10,18 @@ void GroupFlush::flush(Storage& storage, bool shares, std::optional<std::uint64_
   constexpr std::chrono::milliseconds between_questions{50};
   std::unique_lock lock(mutex_);
   const std::uint64_t needed = begun_ + 1;
+  const auto may_share = [&] { return shares && failures_ == 0; };
+  const auto answered = [&] { return may_share() && succeeded_ >= needed; };
   const auto enough = std::chrono::steady_clock::now() + patience_;
-  while (shares && running_ && failures_ == 0 && std::chrono::steady_clock::now() < enough) {
+  while (may_share() && running_ && std::chrono::steady_clock::now() < enough) {
     ended_.wait_for(lock, std::min(between_questions, patience_));
-    if (succeeded_ >= needed && failures_ == 0)
+    if (answered())
       return;
     lock.unlock();
     still_wanted();
     lock.lock();
   }
-  if (shares && succeeded_ >= needed && failures_ == 0)
+  if (answered())
     return;
   const bool leads = shares && !running_;
   const std::uint64_t number = leads ? ++begun_ : 0;

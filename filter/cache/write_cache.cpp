@@ -1062,9 +1062,11 @@ void WriteCache::flush_storage(Storage& storage, bool may_share) {
                  [this] { stay_connected(); });
   {
     const Lock lock(mutex_);
-    if (held && !is_guest(storage) && flushes == flushes_)
+    if (flushes != flushes_)
+      held.reset(); // of a disk that is another's by now
+    if (held && !is_guest(storage))
       flushed_ = std::max(flushed_, changed);
-    const bool settled = held && held_if_stored(lock) == held && flushes == flushes_;
+    const bool settled = held && held_if_stored(lock) == held;
     if (!settled || !std::exchange(recorded_, false))
       return;
   }
@@ -1072,8 +1074,7 @@ void WriteCache::flush_storage(Storage& storage, bool may_share) {
 }
 
 /// Whether storage has been flushed since a client last changed something.
-bool WriteCache::all_flushed() const {
-  const Lock lock(mutex_);
+bool WriteCache::all_flushed(const Lock& lock) const {
   return all_stored(lock) && flushed_ == moment_;
 }
 

@@ -398,7 +398,7 @@ private:
   void wake(std::size_t waiting) const;
   [[nodiscard]] bool record();
   void flush_storage(Storage& storage, bool may_share);
-  [[nodiscard]] bool all_flushed() const;
+  [[nodiscard]] bool all_flushed(const Lock& lock) const;
   [[nodiscard]] bool has_room(const Lock&, const Storage& storage,
                               const ByteRange& unit) const noexcept;
   [[nodiscard]] bool begins_without_room(const Storage& storage, std::uint64_t offset,

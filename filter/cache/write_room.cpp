@@ -354,10 +354,11 @@ void WriteCache::give_back_room(Storage& storage) {
   std::shared_ptr<GroupFlush> flushes;
   {
     const Lock lock(mutex_);
+    if (!all_flushed(lock))
+      return;
     flushes = flushes_;
   }
-  if (all_flushed())
-    flushes->flush(storage, false, std::nullopt, {});
+  flushes->flush(storage, false, std::nullopt, {});
 }
 
 /// Throws storage's error.
